@@ -1,0 +1,1820 @@
+#!/usr/bin/env python3
+"""hapolicy - policy delegation high availability proxy
+
+Usage:
+  hapolicy [options] [--service=<service>]... [--listen=WHERE]...
+  hapolicy -h | --help
+  hapolicy --version
+
+Stands between Postfix and its policy servers: picks a service for every
+request by prio and weight, asks the next one when a service fails, and
+returns a default action when none could answer. Without --listen it serves
+one client on stdin/stdout, as Postfix spawn(8) runs it.
+
+Service options:
+  -s, --service <service>  a policy server, may be repeated:
+                           <name>=<address>:<port>[:<prio>[:<weight>[:<timeout>[:<max>]]]]
+                           address: IPv4, [IPv6] or a host name; or unix:/path
+                             in place of <address>:<port>
+                           prio: 1 or more, lower wins (10)
+                           weight: 1 or more, share among equal prios (1)
+                           timeout: seconds for a whole query (30)
+                           max: requests in flight at most (100)
+                           an empty field takes its default
+
+Options:
+  -d, --default <action>  returns <action> if no service was available [default: dunno]
+  -l, --logging           log requests
+  -v, --verbose           increase logging verbosity
+  -L, --stdout            log to stdout, for debugging, do NOT use with postfix
+  -h, --help              show this text
+  --version               show the version
+
+Server options:
+  --listen=WHERE          serve many clients: 127.0.0.1:10060, [::1]:10060 or
+                          unix:/path, may be repeated
+  --socket-mode=MODE      octal permissions of unix sockets [default: 0666]
+  --deadline=SECONDS      answer every request within this time; keep it below
+                          Postfix's smtpd_policy_service_timeout [default: 90]
+  --max-clients=N         clients served at once, more wait in the backlog
+                          (what the descriptor limit carries)
+  --fall=N                late, invalid or dropped answers in a row that take a
+                          service down [default: 2]
+  --stall=SECONDS         a service silent for so long while it has requests
+                          gets no new ones if another is up [default: 5]
+  --grace=SECONDS         time to finish after SIGTERM or SIGINT [default: 30]
+  --reuse-port            let a new process listen beside this one, to replace it
+
+Signals:
+  SIGTERM, SIGINT         stop accepting, answer what is in flight, close each
+                          client between requests, end; a second one ends at once
+
+Exit status:
+  0  ended by the client, or every answer was given after a signal
+  1  could not listen, or ended before every answer was given
+  2  the command line cannot be used; one line on stderr says why
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import stat
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import gevent
+import gevent.event
+import gevent.hub
+import gevent.socket
+from docopt import DocoptExit, docopt
+
+__version__ = '2.0.0'
+
+# ---------------------------------------------------------------------------
+# Constants
+# ---------------------------------------------------------------------------
+
+#: Bytes of one request or answer, at most. Postfix sends under 20 kB; it would take 200 kB
+#: answers, and hand them to the SMTP client as one line.
+MAX_MESSAGE = 65536
+#: Bytes asked from one recv(); a usual request has 600.
+RECEIVE = 65536
+
+DEFAULT_PRIO, DEFAULT_WEIGHT = 10, 1
+#: Seconds; the ancestor's, above the 20 s that SPF servers allow themselves.
+DEFAULT_TIMEOUT = 30.0
+#: Requests in flight per service: Postfix's default_process_limit.
+DEFAULT_MAX = 100
+#: Seconds to connect, inside the service's timeout: two lost SYNs (1 s + 2 s) and some room.
+CONNECT_TIMEOUT = 5.0
+
+#: Idle connections kept per service and their idle seconds; PgBouncer keeps 20, mtpolicyd drops at 60 s.
+MAX_IDLE, IDLE_SECONDS = 20, 60.0
+#: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
+MAX_AGE = 1000.0
+#: Seconds a service's very first connection must stay quiet after its answer before any is used again:
+#: a server that answers twice is found out before a stranger's request can meet the second answer.
+SETTLE = 0.05
+
+#: Seconds between probes of a down service: doubling from the first to the second, +-20 %.
+PROBE_FIRST, PROBE_LAST = 1.0, 30.0
+#: Seconds before a learned max is raised by one; doubles while the raise proves wrong, up to the second.
+RELEARN_FIRST, RELEARN_LAST = 60.0, 3600.0
+#: Messages whose service is remembered: twice this at most, ten minutes of a very busy site.
+MAX_INSTANCES = 20000
+
+#: Connections the kernel holds for us: a `postfix reload` brings them all at once.
+BACKLOG = 1024
+#: Descriptors kept back for listeners, log, epoll, probes and resolving.
+RESERVED_DESCRIPTORS = 32
+#: Log lines waiting for the log daemon; more are dropped and counted.
+MAX_LOG_LINES = 10000
+#: Bytes of one log line; longer ones are cut, as rsyslog does at 8 kB.
+MAX_LOG_LINE = 8000
+
+READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
+
+# ---------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------
+
+
+class HapolicyError(Exception):
+    """Base of every error this module raises."""
+
+
+class UsageError(HapolicyError):
+    """The user's: the command line cannot be used. The text names option, value and what is allowed."""
+
+
+class ListenError(HapolicyError):
+    """The system's: an address cannot be listened on."""
+
+
+class ProtocolError(HapolicyError):
+    """A peer's: its bytes break the policy protocol."""
+
+
+class RequestTooLong(ProtocolError):
+    """The client's: MAX_MESSAGE bytes without the end of a request."""
+
+
+class RequestTooSlow(ProtocolError):
+    """The client's: a request begun and not finished in time."""
+
+
+class AnswerNotTaken(ProtocolError):
+    """The client's: it does not read its answer."""
+
+
+class InvalidAnswer(ProtocolError):
+    """The service's: an answer that Postfix would misread, or none."""
+
+
+class ClientGone(HapolicyError):
+    """The client's: it reset its connection while its request was under way."""
+
+
+class StaleConnection(HapolicyError):
+    """Nobody's: a used connection ended before the first byte of an answer."""
+
+
+class ServiceFailure(HapolicyError):
+    """The service's: a query got no usable answer; `reason` is one of FAILURES."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+# ---------------------------------------------------------------------------
+# Protocol: bytes in, requests and actions out. SMTPD_POLICY_README and attr_scan_plain.c of
+# Postfix are the grammar.
+# ---------------------------------------------------------------------------
+
+
+def end_of_message(data: bytes, start: int = 0) -> int:
+    """Return the offset behind the first empty line, 0 while there is none; `start` skips lines seen before."""
+    if not start and data.startswith((b'\n', b'\r\n')):
+        return data.index(b'\n') + 1
+    end = data.find(b'\n\n', start)
+    crlf = data.find(b'\n\r\n', start, end if end >= 0 else len(data))
+    if crlf >= 0:
+        return crlf + 3
+    return end + 2 if end >= 0 else 0
+
+
+class RequestBuffer:
+    """The bytes of one client, cut into requests whatever way they arrive."""
+
+    __slots__ = ('_data', '_scanned')
+
+    def __init__(self) -> None:
+        self._data = b''
+        self._scanned = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def feed(self, data: bytes) -> None:
+        """Append what was received."""
+        self._data = self._data + data if self._data else data
+
+    def take(self) -> bytes | None:
+        """Return the next complete request, its empty line included, or None while there is none.
+
+        Raises RequestTooLong.
+        """
+        data = self._data
+        end = end_of_message(data, self._scanned)
+        if not end or end > MAX_MESSAGE:
+            if len(data) > MAX_MESSAGE:
+                raise RequestTooLong(f'no end of a request within {MAX_MESSAGE} bytes')
+            # an empty line may be cut in two: look at its first bytes again
+            self._scanned = max(0, len(data) - 2)
+            return None
+        self._data, self._scanned = data[end:], 0
+        return data[:end]
+
+
+def attribute(request: bytes, name: bytes) -> bytes:
+    """Return the first value of attribute `name`, b'' if it is absent; for looking, never for rebuilding."""
+    if request.startswith(name + b'='):
+        start = len(name) + 1
+    else:
+        start = request.find(b'\n' + name + b'=') + len(name) + 2
+        if start < len(name) + 2:
+            return b''
+    value = request[start : request.index(b'\n', start)]
+    return value[:-1] if value.endswith(b'\r') else value
+
+
+def check_action(action: bytes) -> bytes:
+    """Return the action without surrounding blanks.
+
+    Raises InvalidAnswer for what Postfix would misread: an empty action or a bare number is a
+    permit (smtpd_check.c, check_table_result), bytes that are not UTF-8 make it use its own default.
+    """
+    action = action.strip()
+    if not action:
+        raise InvalidAnswer('an empty action')
+    if action.isdigit():
+        raise InvalidAnswer(f'the bare number {action[:40].decode()} as action')
+    if b'\0' in action:
+        raise InvalidAnswer('a NUL in the action')
+    if not action.isascii():
+        try:
+            action.decode()
+        except UnicodeDecodeError:
+            raise InvalidAnswer('an action that is not UTF-8') from None
+    return action
+
+
+def parse_answer(data: bytes, closed: bool = False) -> bytes | None:
+    """Return the action of an answer, or None while it is incomplete; `closed` says no more will come.
+
+    Read as Postfix reads it: other lines are skipped, the first `action` counts. LF or CRLF.
+    Raises InvalidAnswer.
+    """
+    if data.startswith(b'action=') and data.find(b'\n') == len(data) - 2 and data.endswith(b'\n\n'):
+        return check_action(data[7:-2])  # nearly every answer is this one line
+    end = end_of_message(data)
+    if len(data) > MAX_MESSAGE:
+        raise InvalidAnswer(f'an answer over {MAX_MESSAGE} bytes')
+    if 0 < end < len(data):
+        raise InvalidAnswer('bytes after the end of the answer')
+    if not end and not closed:
+        return None
+    for line in data[: data.rfind(b'\n') + 1].split(b'\n'):
+        if line.startswith(b'action='):
+            return check_action(line[7:])
+        if line.rstrip(b'\r') == b'action':
+            raise InvalidAnswer('an action without a value')
+    raise InvalidAnswer('an answer without an action' if end else 'the end of the connection in mid-answer')
+
+
+# ---------------------------------------------------------------------------
+# Services and balancing: no I/O, `now` (monotonic seconds) is an argument
+# ---------------------------------------------------------------------------
+
+#: Why a query failed. The first two take a service down at once, the next three after --fall in a row,
+#: the rest are not the service's fault.
+REFUSED, UNREACHABLE, LATE, INVALID, DROPPED = 'refused', 'unreachable', 'timeout', 'invalid', 'dropped'
+STARVED, DEADLINE, DESCRIPTORS = 'starved', 'deadline', 'descriptors'
+FAILURES = (REFUSED, UNREACHABLE, LATE, INVALID, DROPPED, STARVED, DEADLINE, DESCRIPTORS)
+
+UP, TRIAL, DOWN = 'up', 'trial', 'down'
+
+HOST_NAME = re.compile(r'(?!-)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?')
+
+
+class Address(NamedTuple):
+    """Where to connect or listen: a unix socket's path (port 0), or a host and a port."""
+
+    family: int  # AF_UNSPEC: a name, to be resolved
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        if self.family == socket.AF_UNIX:
+            return f'unix:{self.host}'
+        return f'[{self.host}]:{self.port}' if self.family == socket.AF_INET6 else f'{self.host}:{self.port}'
+
+
+def parse_number(text: str, what: str, low: int, high: int) -> int:
+    """Return a whole number of ASCII digits in low..high. Raises UsageError."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
+        raise UsageError(f"{what} '{text}' is not a whole number from {low} to {high}")
+    return int(text)
+
+
+def parse_seconds(text: str, what: str) -> float:
+    """Return a time in seconds, above 0 and at most a day. Raises UsageError."""
+    if not (re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}', text) and 0 < float(text) <= 86400):
+        raise UsageError(f"{what} '{text}' is not a number of seconds above 0 and up to 86400")
+    return float(text)
+
+
+def parse_host(host: str, bracketed: bool) -> int:
+    """Return the family of a host as written. Raises UsageError."""
+    for family in (socket.AF_INET6,) if bracketed else (socket.AF_INET,):
+        try:
+            socket.inet_pton(family, host.partition('%')[0] if bracketed else host)
+            return family
+        except (OSError, ValueError):
+            pass
+    if bracketed or not HOST_NAME.fullmatch(host) or re.fullmatch(r'[0-9.]+', host) or len(host) > 253:
+        raise UsageError(f"address '{host}' is not an IPv4 address, [IPv6] address, host name or unix:/path")
+    return socket.AF_UNSPEC
+
+
+def parse_address(text: str) -> tuple[Address, str]:
+    """Return the address at the head of `text` and what follows it, its colon included. Raises UsageError."""
+    if text.startswith('unix:'):
+        path, colon, rest = text[5:].partition(':')
+        if not path.startswith('/') or len(os.fsencode(path)) > 107 or '\0' in path:
+            raise UsageError(f"unix socket '{path}' is not an absolute path of at most 107 bytes")
+        return Address(socket.AF_UNIX, path, 0), colon + rest
+    found = re.fullmatch(r'(?:\[([^]]*)\]|([^:]*)):([^:]*)(.*)', text, re.DOTALL)
+    if not found:
+        raise UsageError(f"'{text}' has no <address>:<port> (IPv4, [IPv6] or a host name) and is not unix:/path")
+    host = found[1] if found[1] is not None else found[2]
+    family = parse_host(host, found[1] is not None)
+    return Address(family, host, parse_number(found[3], 'port', 1, 65535)), found[4]
+
+
+class Service:
+    """One policy server: its settings, its health and its room for requests. Pure: it never does I/O.
+
+    States: UP takes up to `cap` requests; DOWN takes none until a probe connects; TRIAL takes one
+    at a time until one is answered. `in_flight` requests hold a slot, `waiting` ones will. A
+    generation ends when the service goes down: what was in flight then no longer counts, neither
+    for its room nor for its health.
+    """
+
+    fall = 2  #: failures in a row that take a service down (--fall)
+    stall = 5.0  #: seconds without an answer that stop new requests (--stall)
+
+    def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
+                 timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
+        self.name, self.address, self.prio, self.weight = name, address, prio, weight
+        self.timeout, self.max = timeout, maximum
+        self.where = str(address)
+        self.state, self.since, self.why = UP, 0.0, 'started'
+        self.generation = 0
+        self.credit = 0  # of the smooth weighted round robin
+        self.in_flight = self.waiting = 0
+        self.proven = 0  # requests at once that were seen to be served
+        self.learned = maximum  # what it seems to serve at most
+        self.raise_at = self.raise_wait = 0.0
+        self.cap, self.limit = maximum, 1
+        self.quiet_since = 0.0  # last answer, or when the first of those in flight was sent
+        self.fails, self.failed_instance = 0, b''
+        self.probe_at, self.backoff = 0.0, PROBE_FIRST
+        self.stalled_seen = False
+        self.queries = self.answers = 0
+        self.failures = dict.fromkeys(FAILURES, 0)
+
+    def __repr__(self) -> str:
+        return f'<Service {self.name} {self.state}, {self.in_flight}+{self.waiting} of {self.limit}/{self.cap}>'
+
+    @property
+    def failed(self) -> int:
+        """Queries that got no usable answer."""
+        return sum(self.failures.values())
+
+    def stalled(self, now: float) -> bool:
+        """Tell whether requests are in flight and not one was answered for `stall` seconds."""
+        return self.in_flight > 0 and now - self.quiet_since > self.stall
+
+    def resize(self) -> None:
+        """Work out how many requests it may get: the pool grows to twice what is proven, up to the cap."""
+        self.cap = {UP: min(self.max, self.learned), TRIAL: 1, DOWN: 0}[self.state]
+        self.limit = min(self.cap, max(1, 2 * self.proven))
+
+    def begin(self, now: float) -> int:
+        """Take a slot for a request; return the generation it belongs to."""
+        if not self.in_flight:
+            self.quiet_since = now
+        self.in_flight += 1
+        return self.generation
+
+    def finish(self, generation: int) -> None:
+        """Give the slot back, whatever became of the request."""
+        if generation == self.generation:
+            self.in_flight -= 1
+
+    def prove(self, generation: int) -> None:
+        """Note that a new connection was served beside the ones in flight."""
+        if generation == self.generation and self.in_flight > self.proven:
+            self.proven += 1
+            self.resize()
+
+    def answered(self, generation: int, now: float) -> str:
+        """Note an answer; return what to log of a change of state, '' without one."""
+        self.answers += 1
+        if generation != self.generation:
+            return ''
+        self.quiet_since = now
+        self.fails = 0
+        return '' if self.state is UP else self._turn(UP, 'answered again', now)
+
+    def fail(self, reason: str, instance: bytes, generation: int, now: float) -> str:
+        """Note a failed query; return what to log of a change of state, '' without one."""
+        self.failures[reason] += 1
+        if generation != self.generation or reason in (STARVED, DEADLINE, DESCRIPTORS):
+            return ''
+        if reason in (INVALID, DROPPED) and instance and self.fails and instance == self.failed_instance:
+            return ''  # one poisonous message, asked about again: no news of the service
+        self.fails += 1
+        self.failed_instance = instance
+        if self.state is UP and self.fails < self.fall and reason not in (REFUSED, UNREACHABLE):
+            return ''
+        return self._down(reason, now)
+
+    def _down(self, reason: str, now: float) -> str:
+        if self.state is TRIAL:
+            self.backoff = min(PROBE_LAST, self.backoff * 2)
+        else:
+            self.backoff = PROBE_FIRST
+        self._schedule_probe(now)
+        self.generation += 1
+        self.in_flight = self.proven = 0
+        times = f' {self.fails} times in a row' if self.fails > 1 else ''
+        return self._turn(DOWN, reason + times, now)
+
+    def _schedule_probe(self, now: float) -> None:
+        self.probe_at = now + self.backoff * (0.8 + 0.4 * os.urandom(1)[0] / 255)
+
+    def probe_failed(self, now: float) -> None:
+        """Note that a probe could not connect: wait twice as long for the next."""
+        self.backoff = min(PROBE_LAST, self.backoff * 2)
+        self._schedule_probe(now)
+
+    def probe_connected(self, now: float) -> str:
+        """Note that a probe connected: on trial. Return what to log."""
+        return self._turn(TRIAL, 'a probe connected', now)
+
+    def _turn(self, state: str, why: str, now: float) -> str:
+        lasted = f' (was {self.state} for {now - self.since:.1f}s)' if self.since else ''
+        self.state, self.since, self.why = state, now, why
+        if state is UP:
+            self.fails = 0
+        self.resize()
+        return f'[{self.name}] ({self.where}) is {state}: {why}{lasted}'
+
+    def starve(self, served: int, now: float) -> str:
+        """Note that a connection found no worker while `served` others were answered; return what to log.
+
+        A prefork server serves as many connections as it has children; one more is accepted by the
+        kernel and never read. Asking it less is the cure, not taking it down.
+        """
+        told = self.learned
+        self.learned = max(1, min(self.learned, max(served, self.in_flight // 2)))
+        self.raise_wait = min(RELEARN_LAST, self.raise_wait * 2) if self.raise_wait else RELEARN_FIRST
+        self.raise_at = now + self.raise_wait
+        self.resize()
+        if self.learned >= told:
+            return ''
+        return (f'[{self.name}] ({self.where}) seems to serve no more than {self.learned} connections at once:'
+                f" asking no more of it; set its max to that ('{self.name}=...:{self.prio}:{self.weight}"
+                f":{self.timeout:g}:{self.learned}') or give it more workers")  # fmt: skip
+
+    def relearn(self, now: float) -> None:
+        """Raise a learned max by one when its time has come."""
+        if self.learned < self.max and self.state is UP and now >= self.raise_at:
+            self.learned += 1
+            self.raise_at = now + self.raise_wait
+            self.resize()
+
+
+def parse_service(text: str) -> Service:
+    """Return the service of a -s option. Raises UsageError naming the value and what is allowed."""
+    name, equals, rest = text.partition('=')
+    try:
+        if not equals or not name.strip() or not name.isprintable() or len(name) > 64:
+            raise UsageError('<name>= of 1 to 64 printable characters is missing')
+        address, rest = parse_address(rest)
+        fields = rest.split(':')[1:]
+        if len(fields) > 4 and (len(fields) > 5 or fields[4]):
+            raise UsageError(f"':{fields[4]}' is one field too many")
+        prio, weight, timeout, maximum = (fields + [''] * 4)[:4]
+        return Service(name, address,
+                       parse_number(prio or str(DEFAULT_PRIO), 'prio', 1, 10**9),
+                       parse_number(weight or str(DEFAULT_WEIGHT), 'weight', 1, 10**6),
+                       parse_seconds(timeout or str(DEFAULT_TIMEOUT), 'timeout'),
+                       parse_number(maximum or str(DEFAULT_MAX), 'max', 1, 10**6))  # fmt: skip
+    except UsageError as error:
+        raise UsageError(f"--service '{text}': {error}; allowed is"
+                         ' <name>=<address>:<port>[:<prio>[:<weight>[:<timeout>[:<max>]]]]'
+                         ' or <name>=unix:/path[:<prio>...]') from None  # fmt: skip
+
+
+class Balancer:
+    """Chooses a service for each request: affinity by instance, then prio, then weight.
+
+    Smooth weighted round robin (as nginx's): every service in turn gains its weight, the richest is
+    chosen and pays what all gained. Exact over each full cycle, interleaved, and without a burst
+    when a service returns: all start from nothing when one comes or goes.
+    """
+
+    def __init__(self, services: Iterable[Service]) -> None:
+        self.services = sorted(services, key=lambda service: service.prio)
+        prios = sorted({service.prio for service in self.services})
+        self.groups = [[service for service in self.services if service.prio == prio] for prio in prios]
+        # two generations: forgetting the oldest half at once costs nothing per request
+        self._young: dict[bytes, Service] = {}
+        self._old: dict[bytes, Service] = {}
+
+    def choose(self, instance: bytes, tried: Sequence[Service], now: float) -> Service | None:
+        """Return the service to ask, not one of `tried`; None if none has room.
+
+        A stalled service is chosen only when no other has room.
+        """
+        if instance:
+            bound = self._young.get(instance) or self._old.get(instance)
+            if (bound is not None and bound.in_flight + bound.waiting < bound.cap
+                    and bound not in tried and not bound.stalled(now)):  # fmt: skip
+                return bound
+        for stalled_too in (False, True):
+            for group in self.groups:
+                service = self._turn(group, tried, now, stalled_too)
+                if service is not None:
+                    self.bind(instance, service)
+                    return service
+        return None
+
+    @staticmethod
+    def _turn(group: Sequence[Service], tried: Sequence[Service], now: float, stalled_too: bool) -> Service | None:
+        best, total = None, 0
+        for service in group:
+            if service.in_flight + service.waiting >= service.cap or service in tried:
+                continue
+            if not stalled_too and service.stalled(now):
+                continue
+            service.credit += service.weight
+            total += service.weight
+            if best is None or service.credit > best.credit:
+                best = service
+        if best is not None:
+            best.credit -= total
+        return best
+
+    def bind(self, instance: bytes, service: Service) -> None:
+        """Remember the service of a message, whose other requests are to go there."""
+        if not instance:
+            return
+        if len(self._young) >= MAX_INSTANCES:
+            self._old, self._young = self._young, {}
+        self._young[instance] = service
+
+    def full(self, tried: Sequence[Service]) -> list[Service]:
+        """Return the services worth waiting for: up, and not yet tried."""
+        return [service for service in self.services if service.state is UP and service not in tried]
+
+    def changed(self, service: Service) -> None:
+        """Let the shares of a service's group start anew: one of it came or went."""
+        for other in self.services:
+            if other.prio == service.prio:
+                other.credit = 0
+
+
+# ---------------------------------------------------------------------------
+# Statistics and log lines
+# ---------------------------------------------------------------------------
+
+#: Every counter of the proxy: name, help.
+COUNTERS = (
+    ('requests', 'complete requests read from clients'),
+    ('answers', 'answers of services passed on to clients'),
+    ('redispatches', 'requests handed to the next service after a failure'),
+    ('retries', 'requests sent again to the same service, as a used connection had ended'),
+    ('clients', 'client connections accepted'),
+)
+#: Why a default action was given, and why input was refused.
+NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY = 'no service is up', 'all services failed', 'deadline', 'not a request'
+TOO_LONG, TOO_SLOW, CUT_OFF = 'request too long', 'request too slow', 'left in mid-request'
+NOT_TAKEN, RESET = 'answer not taken', 'reset by the client'
+
+WARNING, NOTICE, INFO = 4, 5, 6
+LEVELS = {WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
+LOG_MAIL = 2 << 3
+
+
+class Statistics:
+    """The proxy's counters: one plain number for each of COUNTERS, and two by reason."""
+
+    requests = answers = redispatches = retries = clients = 0
+
+    def __init__(self) -> None:
+        self.defaults = dict.fromkeys((NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY), 0)
+        self.refused = dict.fromkeys((TOO_LONG, TOO_SLOW, CUT_OFF, NOT_TAKEN, RESET), 0)
+
+    def __str__(self) -> str:
+        counted = [f'{name}: {getattr(self, name)}' for name, _ in COUNTERS]
+        return ', '.join([*counted, f'defaults: {sum(self.defaults.values())}'])
+
+
+class Decision:
+    """What a request gets: the action, the service asked last, how many were asked, and why."""
+
+    __slots__ = ('action', 'service', 'tries', 'why')
+
+    def __init__(self, action: bytes, service: Service | None, tries: int, why: str) -> None:
+        self.action, self.service, self.tries, self.why = action, service, tries, why
+
+
+def printable(value: bytes) -> str:
+    """Return a value as one line of text, whatever bytes it holds."""
+    text = value.decode('utf-8', 'backslashreplace')
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def request_line(decision: Decision, request: bytes, delay: float) -> str:
+    """Return the log line of a request (-l): the ancestor's fields and spelling, then ours."""
+    service = decision.service
+    if service is None:
+        head = '[-] (-), prio: -, weight: -, queries: -, answers: -, failed: -'
+    else:
+        head = (f'[{service.name}] ({service.where}), prio: {service.prio}, weight: {service.weight}, '
+                f'queries: {service.queries}, answers: {service.answers}, failed: {service.failed}')  # fmt: skip
+    client, address, helo, sender, recipient, instance = [
+        printable(attribute(request, name))
+        for name in (b'client_name', b'client_address', b'helo_name', b'sender', b'recipient', b'instance')
+    ]
+    return (f'{head}, delay: {delay:.3f}s, client: {client}[{address}], helo: <{helo}>, from: <{sender}>, '
+            f"to: <{recipient}>, action: '{printable(decision.action)}', "
+            f'instance: {instance}, tries: {decision.tries}, why: {decision.why}')  # fmt: skip
+
+
+class StreamSink:
+    """Writes log lines to a descriptor: stdout for -L, or stderr where there is no syslog."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def write(self, level: int, text: str) -> bool:
+        """Write a line; return False if it is lost."""
+        line = f'[LOG {LEVELS[level]}]: {text}\n'.encode('utf-8', 'backslashreplace')
+        try:
+            # in a thread: whatever reads the other end may stop reading
+            while line:
+                line = line[gevent.get_hub().threadpool.apply(os.write, (self._fd, line)) :]
+        except OSError:
+            return False
+        return True
+
+
+class SyslogSink:
+    """Writes log lines to /dev/log as syslog(3) does: facility mail, ident hapolicy[pid]."""
+
+    PATH = '/dev/log'
+
+    def __init__(self, fallback: StreamSink | None) -> None:
+        self._fallback = fallback
+        self._socket: socket.socket | None = None
+        self._connect_at = 0.0  # not before: an absent daemon is looked for once a second
+
+    def _connect(self) -> bool:
+        if time.monotonic() < self._connect_at:
+            return False
+        self._connect_at = time.monotonic() + 1
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(1)  # a daemon that hangs: one line a second is given up
+        try:
+            self._socket.connect(self.PATH)
+        except OSError:
+            self._close()
+            return False
+        return True
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _send(self, line: bytes) -> bool:
+        for _ in range(2):  # the second time to a daemon that restarted
+            if self._socket is None and not self._connect():
+                return False
+            assert self._socket is not None
+            try:
+                return self._socket.send(line) > 0
+            except TimeoutError:
+                return False
+            except OSError:
+                self._close()
+                self._connect_at = 0.0 if _ == 0 else self._connect_at
+        return False
+
+    def write(self, level: int, text: str) -> bool:
+        """Send a line; return False if it is lost."""
+        stamp = time.strftime('%b %e %H:%M:%S')
+        line = f'<{LOG_MAIL | level}>{stamp} hapolicy[{os.getpid()}]: {text}'.encode('utf-8', 'backslashreplace')
+        return self._send(line) or (self._fallback is not None and self._fallback.write(level, text))
+
+
+class Log:
+    """A bounded queue of lines and the greenlet that writes them: logging never delays an answer."""
+
+    def __init__(self, sink: StreamSink | SyslogSink, requests: bool = False, verbose: bool = False) -> None:
+        self.requests, self.verbose = requests or verbose, verbose
+        self.lost = 0
+        self._lost_told = 0
+        self._sink = sink
+        self._lines: deque[tuple[int, str]] = deque()
+        self._more = gevent.event.Event()
+        self._writer = gevent.spawn(self._write)
+
+    def __call__(self, level: int, text: str) -> None:
+        """Queue a line; it is dropped and counted when MAX_LOG_LINES wait already."""
+        if len(self._lines) >= MAX_LOG_LINES:
+            self.lost += 1
+            return
+        if len(text) > MAX_LOG_LINE:
+            text = text[:MAX_LOG_LINE] + '...'
+        self._lines.append((level, text))
+        if not self._more.is_set():
+            self._more.set()
+
+    def _write(self) -> None:
+        while True:
+            self._more.wait()
+            while self._lines:
+                if not self._sink.write(*self._lines[0]):
+                    self.lost += 1
+                self._lines.popleft()
+            self._more.clear()
+            if self.lost > self._lost_told:
+                self._lost_told, lost = self.lost, self.lost - self._lost_told
+                self._sink.write(WARNING, f'{lost} log lines were lost')
+
+    def close(self, seconds: float = 1.0) -> None:
+        """Write what is queued, for so many seconds at most."""
+        with gevent.Timeout(seconds, False):
+            while self._more.is_set():
+                gevent.sleep(0.005)
+        self._writer.kill(block=False)
+
+
+# ---------------------------------------------------------------------------
+# Connections and pool
+# ---------------------------------------------------------------------------
+
+
+class Wire:
+    """A stream socket that waits first and then receives.
+
+    A recv() before data is there costs a failed system call, an exception and two changes of the
+    epoll set; with a read watcher that stays registered a request takes a third of the time. What
+    becomes readable while nobody waits goes to unexpected().
+    """
+
+    __slots__ = ('_hub', '_waiter', '_watcher', 'socket')
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = sock
+        self._hub = gevent.get_hub()
+        self._waiter: gevent.Greenlet | None = None
+        self._watcher = self._hub.loop.io(sock.fileno(), READ)
+        self._watcher.start(self._readable)
+
+    def _readable(self) -> None:
+        if self._waiter is not None:
+            self._waiter.switch()
+        else:
+            self.unexpected()
+
+    def unexpected(self) -> None:
+        """Called in the hub when there is something to receive and nobody waits: must not block."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """Sleep until there is something to receive."""
+        if not self._watcher.active:
+            self._watcher.start(self._readable)
+        self._waiter = gevent.getcurrent()
+        try:
+            self._hub.switch()
+        finally:
+            self._waiter = None
+
+    def send_some(self, data: bytes) -> bytes:
+        """Send what the kernel takes now; return the rest. Raises OSError."""
+        try:
+            sent = self.socket.send(data)
+        except BlockingIOError:
+            return data
+        return data[sent:] if sent < len(data) else b''
+
+    def send(self, data: bytes) -> None:
+        """Send all of `data`; the caller bounds the time. Raises OSError."""
+        while data := self.send_some(data):
+            gevent.socket.wait_write(self.socket.fileno())
+
+    def close(self) -> None:
+        """Close the socket and free its watcher; more than once does no harm."""
+        self._watcher.stop()
+        self._watcher.close()
+        self.socket.close()
+
+
+def connect(address: Address) -> socket.socket:
+    """Return a socket connected to a service, names resolved anew each time. Raises OSError."""
+    if address.family == socket.AF_UNIX:
+        return _connect_unix(address.host)
+    places: list[tuple[Any, Any]] = [(address.family, (address.host, address.port))]
+    if address.family == socket.AF_UNSPEC or '%' in address.host:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        places = [(family, place) for family, _, _, _, place in found]
+    for last, (family, place) in enumerate(places, 1 - len(places)):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(CONNECT_TIMEOUT)
+            sock.connect(place)
+            return sock
+        except OSError:
+            sock.close()
+            if last == 0:
+                raise
+        except BaseException:
+            sock.close()
+            raise
+    raise OSError(errno.EHOSTUNREACH, 'no address')
+
+
+def _connect_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        give_up = time.monotonic() + CONNECT_TIMEOUT
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:  # the backlog is full, and no event tells when it no longer is
+                if time.monotonic() > give_up:
+                    raise TimeoutError('timed out') from None
+                gevent.sleep(0.01)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def connect_failure(error: OSError) -> ServiceFailure:
+    """Return what an error in connecting says of the service: the one place where errno is judged."""
+    if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
+        return ServiceFailure(REFUSED, 'connection refused')
+    if isinstance(error, TimeoutError):
+        return ServiceFailure(LATE, f'no connection within {CONNECT_TIMEOUT:g}s')
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+        return ServiceFailure(DESCRIPTORS, error.strerror or str(error))
+    return ServiceFailure(UNREACHABLE, error.strerror or str(error))
+
+
+class Connection(Wire):
+    """A connection to a service: one query at a time, or idle in its pool."""
+
+    __slots__ = ('_poll', 'answers', 'busy', 'ended', 'idle_since', 'opened', 'pool', 'serial')
+
+    def __init__(self, sock: socket.socket, pool: Pool, serial: int) -> None:
+        super().__init__(sock)
+        self.pool, self.serial = pool, serial
+        self.answers = 0
+        self.busy = True
+        self.ended = False  # by the server
+        self.opened = self.idle_since = time.monotonic()
+        self._poll = select.poll()
+        self._poll.register(sock.fileno(), select.POLLIN)
+
+    def quiet(self) -> bool:
+        """Tell whether there is nothing to receive, asking the kernel: an idle connection that is readable is dead."""
+        return not self._poll.poll(0)
+
+    def unexpected(self) -> None:
+        if self.busy:
+            self._watcher.stop()  # still sending; exchange() will receive it
+        else:
+            self.pool.spoiled(self)
+
+    def exchange(self, request: bytes) -> bytes:
+        """Send a request and return the action of its answer.
+
+        Raises StaleConnection, ServiceFailure.
+        """
+        data = chunk = b''
+        try:
+            self.send(request)
+            while True:
+                self.wait()
+                try:
+                    chunk = self.socket.recv(RECEIVE)
+                except BlockingIOError:
+                    continue
+                data = data + chunk if data else chunk
+                if not chunk:
+                    break
+                action = parse_answer(data)
+                if action is not None:
+                    return action
+        except InvalidAnswer as error:
+            raise ServiceFailure(INVALID, str(error)) from None
+        except OSError:
+            pass  # ended by a reset: as good as closed
+        self.ended = True
+        if not data:
+            if self.answers:
+                raise StaleConnection
+            raise ServiceFailure(DROPPED, 'it hung up without an answer')
+        try:
+            action = parse_answer(data, closed=True)
+        except InvalidAnswer as error:
+            raise ServiceFailure(DROPPED, str(error)) from None
+        assert action is not None
+        return action
+
+
+class Pool:
+    """The connections to one service.
+
+    A connection is busy with one query, settling, idle, or closed; one on which a query was
+    abandoned is closed. Idle ones are used last in, first out, so that the others can expire.
+    """
+
+    def __init__(self, service: Service, queue: Queue, tell: Log) -> None:
+        self.service, self._queue, self._tell = service, queue, tell
+        self.idle: list[Connection] = []  # the longest idle first
+        self._open: set[Connection] = set()
+        self._serial = self._newest_served = 0
+        self._timers: list[gevent.Timeout] = []
+        self._settling: dict[Connection, int] = {}
+        self._settled = False  # SETTLE has shown that the service answers once
+        self._lying = False  # it sent what nobody asked for: no connection is used twice
+
+    def _connect(self) -> Connection:
+        """Open a connection. Raises ServiceFailure."""
+        if self._tell.verbose:
+            self._tell(INFO, f"Opening socket to '{self.service.name}' ({self.service.where})")
+        self._serial += 1
+        serial = self._serial
+        try:
+            connection = Connection(connect(self.service.address), self, serial)
+        except OSError as error:
+            raise connect_failure(error) from None
+        self._open.add(connection)
+        return connection
+
+    def _take(self, preferred: Connection | None) -> Connection | None:
+        """Return an idle connection that is alive, the preferred one if it is idle here."""
+        while self.idle:
+            if preferred is not None and preferred in self.idle:
+                self.idle.remove(preferred)
+                connection = preferred
+            else:
+                connection = self.idle.pop()
+            connection.busy = True
+            if connection.quiet():
+                return connection
+            connection.busy = False
+            self.spoiled(connection)
+        return None
+
+    def ask(self, request: bytes, preferred: Connection | None, remaining: float) -> tuple[bytes, Connection]:
+        """Return the action for a request, and the connection it came by, to be released.
+
+        All of it within the service's timeout and the `remaining` seconds. Raises ServiceFailure.
+        """
+        service = self.service
+        service.queries += 1
+        answers_before = service.answers
+        whole = remaining >= service.timeout
+        # a Timeout made anew costs 2.8 us, one started again 0.7 us
+        if whole and self._timers:
+            timer = self._timers.pop()
+        else:
+            timer = gevent.Timeout(max(0.001, min(remaining, service.timeout)))
+        connection: Connection | None = None
+        answered = False
+        timer.start()
+        try:
+            connection = self._take(preferred) or self._connect()
+            try:
+                action = connection.exchange(request)
+            except StaleConnection:
+                # normal: many servers hang up after so many answers or so much idle time
+                self._queue.statistics.retries += 1
+                self.discard(connection)
+                connection = self._connect()
+                action = connection.exchange(request)
+            answered = True
+            return action, connection
+        except gevent.Timeout as caught:
+            if caught is not timer:
+                raise
+            raise self._late(connection, answers_before, whole) from None
+        finally:
+            timer.cancel()
+            if whole:
+                self._timers.append(timer)
+            else:
+                timer.close()
+            if connection is not None and not answered:
+                self.discard(connection)
+
+    def _late(self, connection: Connection | None, answers_before: int, whole: bool) -> ServiceFailure:
+        """Return what a time out says: of the service, of our deadline, or of a missing worker.
+
+        The kernel hands connections to a server in the order they came: one that never had an
+        answer, while older ones had and no younger one, has found no worker.
+        """
+        service = self.service
+        if not whole:
+            return ServiceFailure(DEADLINE, 'no time left')
+        if (connection is not None and not connection.answers and service.answers > answers_before
+                and connection.serial > self._newest_served):  # fmt: skip
+            advice = service.starve(sum(1 for other in self._open if other.answers), time.monotonic())
+            if advice:
+                self._tell(WARNING, advice)
+            return ServiceFailure(STARVED, f'no worker took the connection within {service.timeout:g}s')
+        return ServiceFailure(LATE, f'no answer within {service.timeout:g}s')
+
+    def release(self, connection: Connection, generation: int, reuse: bool) -> None:
+        """Take back a connection whose query was answered, and its slot. Not to be reused: close it."""
+        connection.answers += 1
+        if connection.answers == 1:
+            self._newest_served = max(self._newest_served, connection.serial)
+            if self._settled or connection.ended:
+                self.service.prove(generation)
+        now = time.monotonic()
+        if connection.ended and not self._lying:
+            self._settled = True  # what has closed cannot answer again
+        if not reuse or connection.ended or self._lying or now - connection.opened > MAX_AGE:
+            self.discard(connection)
+        else:
+            connection.busy = False
+            connection.idle_since = now
+            if not self._settled:
+                # the slot is kept, too: nobody else asks this service until then
+                self._settling[connection] = generation
+                gevent.spawn_later(SETTLE, self._settle, connection)
+                return
+            self.idle.append(connection)
+        self._queue.free(self.service, generation)
+
+    def _settle(self, connection: Connection) -> None:
+        """End the wait of the first connection: it stayed quiet, or it ended."""
+        generation = self._settling.pop(connection, None)
+        if generation is None:
+            return
+        if connection in self._open:
+            self.idle.append(connection)
+        self._settled = True
+        self.service.prove(generation)
+        self._queue.free(self.service, generation)
+
+    def spoiled(self, connection: Connection) -> None:
+        """Close a connection that became readable while nobody had asked anything."""
+        try:
+            surplus = connection.socket.recv(RECEIVE)
+        except OSError:
+            surplus = b''
+        self.discard(connection)
+        if surplus and not self._lying:
+            self._lying = True
+            self.purge()
+            self._tell(WARNING, f'[{self.service.name}] ({self.service.where}) sent {len(surplus)} bytes that'
+                       ' nobody asked for: from now on each of its connections is used once')  # fmt: skip
+        self._settle(connection)
+
+    def discard(self, connection: Connection) -> None:
+        """Close a connection wherever it stands."""
+        if connection in self._open:
+            self._open.remove(connection)
+            if connection in self.idle:
+                self.idle.remove(connection)
+            connection.close()
+
+    def purge(self) -> None:
+        """Close all that are idle."""
+        for connection in list(self.idle):
+            self.discard(connection)
+
+    def prune(self, now: float) -> None:
+        """Close what has been idle for too long, and those too many that a burst left behind."""
+        while self.idle:
+            idle = now - self.idle[0].idle_since
+            if idle < IDLE_SECONDS and (len(self.idle) <= MAX_IDLE or idle < 1):
+                break
+            self.discard(self.idle[0])
+
+
+class Waiter:
+    """A request that waits for a slot of one of `services`; it is handed the slot, or told to choose again."""
+
+    def __init__(self, services: Sequence[Service]) -> None:
+        self.services = services
+        self.handed = gevent.event.AsyncResult()
+
+
+class Queue:
+    """The requests that wait for a slot, first come, first served: whatever frees one wakes one of them."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+        self._waiters: deque[Waiter] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def wait(self, services: Sequence[Service], seconds: float) -> tuple[Service, int] | None:
+        """Return a service and the generation of its slot; None to choose again, or after so many seconds."""
+        waiter = Waiter(services)
+        self._enter(waiter)
+        try:
+            handed: tuple[Service, int] | None = waiter.handed.wait(max(seconds, 0))
+        except BaseException:
+            if waiter.handed.value is not None:  # handed over in the same moment: pass it on
+                self.free(*waiter.handed.value)
+            raise
+        finally:
+            if waiter in self._waiters:
+                self._leave(waiter)
+        return handed
+
+    def _enter(self, waiter: Waiter) -> None:
+        self._waiters.append(waiter)
+        if len(waiter.services) == 1:
+            waiter.services[0].waiting += 1
+
+    def _leave(self, waiter: Waiter) -> None:
+        self._waiters.remove(waiter)
+        if len(waiter.services) == 1:
+            waiter.services[0].waiting -= 1
+
+    def free(self, service: Service, generation: int) -> None:
+        """Give a slot back and hand it on."""
+        service.finish(generation)
+        if self._waiters:
+            self.hand_over(service)
+
+    def hand_over(self, service: Service) -> None:
+        """Give each slot that is free to the first who waits for one of this service."""
+        for waiter in list(self._waiters):
+            if service.in_flight >= service.limit:
+                return
+            if service in waiter.services:
+                self._leave(waiter)
+                waiter.handed.set((service, service.begin(time.monotonic())))
+
+    def recall(self, service: Service) -> None:
+        """Let all who wait for this service choose again: it went down, or stalled."""
+        for waiter in list(self._waiters):
+            if service in waiter.services:
+                self._leave(waiter)
+                waiter.handed.set(None)
+
+
+# ---------------------------------------------------------------------------
+# Proxy
+# ---------------------------------------------------------------------------
+
+POLICY_REQUEST = b'smtpd_access_policy'
+
+
+class Client(Wire):
+    """A Postfix connection: requests in, answers out, in order."""
+
+    __slots__ = ('_buffer', '_greenlet', 'closing', 'connection', 'ended', 'instance')
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._buffer = RequestBuffer()
+        self._greenlet = gevent.getcurrent()
+        self.ended = False  # it will send nothing more; it may still read
+        self.closing = False  # we are draining
+        self.instance = b''  # of the last request answered by a service,
+        self.connection: Connection | None = None  # and by which connection
+        super().__init__(sock)
+
+    @property
+    def pending(self) -> int:
+        """Bytes received and not yet taken as a request."""
+        return len(self._buffer)
+
+    def unexpected(self) -> None:
+        # a request is under way: pipelined bytes, half a close, or a reset
+        try:
+            self._receive()
+        except OSError:
+            self._watcher.stop()
+            self._greenlet.throw(ClientGone())
+        if self.ended or len(self._buffer) > MAX_MESSAGE:
+            self._watcher.stop()
+
+    def _receive(self) -> bool:
+        """Take in what has come, and the client's end; return False if there is nothing."""
+        try:
+            data = self.socket.recv(RECEIVE)
+        except BlockingIOError:
+            return False
+        if data:
+            self._buffer.feed(data)
+        else:
+            self.ended = True
+        return True
+
+    def request(self, seconds: float) -> bytes | None:
+        """Return the next request, None at the client's end; idle is free, a request begun has so many seconds.
+
+        Raises RequestTooLong, RequestTooSlow, OSError.
+        """
+        buffer = self._buffer
+        while True:
+            request = buffer.take() if buffer else None
+            if request is not None or self.ended:
+                return request
+            if buffer:
+                return self._rest_of_request(seconds)
+            if not self.closing:
+                self.wait()
+            if not self._receive() and self.closing:
+                return None
+
+    def _rest_of_request(self, seconds: float) -> bytes | None:
+        with gevent.Timeout(seconds, RequestTooSlow(f'{self.pending} bytes and no end within {seconds:g}s')):
+            while True:
+                self.wait()
+                self._receive()
+                request = self._buffer.take()
+                if request is not None or self.ended:
+                    return request
+
+    def answer(self, action: bytes, seconds: float) -> None:
+        """Send an answer, within so many seconds. Raises AnswerNotTaken, OSError.
+
+        The last one before we close goes out in one segment with our end, so that Postfix, which
+        looks before it writes, can not send a request into a closed connection.
+        """
+        last = self.closing and not self._buffer
+        if last and self.socket.family != socket.AF_UNIX:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        rest = self.send_some(b'action=%b\n\n' % action)
+        if rest:
+            with gevent.Timeout(seconds, AnswerNotTaken(f'{len(rest)} bytes not taken within {seconds:g}s')):
+                self.send(rest)
+        if last:
+            self.ended = True
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def drain(self) -> None:
+        """Close the connection at the next moment between two requests; now, if this is one."""
+        self.closing = True
+        if self._waiter is not None and not self._buffer:
+            self._hub.loop.run_callback(self._readable)
+
+
+class Proxy:
+    """Decides requests and serves clients: `handle` is what StreamServer calls for each connection."""
+
+    def __init__(self, services: Sequence[Service], default: bytes, deadline: float, log: Log) -> None:
+        self.statistics = Statistics()
+        self.balancer = Balancer(services)
+        self.queue = Queue(self.statistics)
+        self.pools = {service: Pool(service, self.queue, log) for service in services}
+        self.clients: set[Client] = set()
+        self.draining = False
+        self._default, self._deadline, self._log = default, deadline, log
+        self._defaults_told = 0
+        gevent.spawn(self._keep)
+
+    # -- deciding
+
+    def decide(self, request: bytes, client: Client) -> Decision:
+        """Return what a request gets, always, and before the deadline. Raises ClientGone alone."""
+        deadline = time.monotonic() + self._deadline
+        self.statistics.requests += 1
+        if attribute(request, b'request') != POLICY_REQUEST:
+            return self._give_default(NOT_POLICY, None, [])
+        instance = attribute(request, b'instance')
+        tried: list[Service] = []
+        failure: ServiceFailure | None = None
+        while True:
+            slot = self._claim(instance, tried, deadline)
+            if slot is None:
+                reason = NO_SERVICE
+                if failure is not None:
+                    reason = ALL_FAILED
+                if time.monotonic() >= deadline:
+                    reason = OUT_OF_TIME
+                return self._give_default(reason, failure, tried)
+            service, generation = slot
+            tried.append(service)
+            try:
+                action = self._query(service, generation, request, instance, client, deadline)
+            except ServiceFailure as caught:
+                failure = caught
+                continue
+            self.statistics.answers += 1
+            self.statistics.redispatches += failure is not None
+            why = 'ok' if failure is None else f'ok after {failure.reason}'
+            return Decision(action, service, len(tried), why)
+
+    def _claim(self, instance: bytes, tried: Sequence[Service], deadline: float) -> tuple[Service, int] | None:
+        """Return a service with a slot taken and its generation; None if there is none, or no time left."""
+        while True:
+            now = time.monotonic()
+            service = self.balancer.choose(instance, tried, now)
+            if now >= deadline:
+                return None
+            if service is not None and service.in_flight < service.limit:
+                return service, service.begin(now)
+            # one that still grows is waited for alone, or its share would go to the others
+            candidates = self.balancer.full(tried) if service is None else [service]
+            if not candidates:
+                return None
+            slot = self.queue.wait(candidates, deadline - now)
+            if slot is not None:
+                self.balancer.bind(instance, slot[0])
+                return slot
+
+    def _query(self, service: Service, generation: int, request: bytes, instance: bytes,
+               client: Client, deadline: float) -> bytes:  # fmt: skip
+        """Return the action of one service, whose slot is ours to give back. Raises ServiceFailure, ClientGone."""
+        pool = self.pools[service]
+        preferred = client.connection if instance and instance == client.instance else None
+        try:
+            action, connection = pool.ask(request, preferred, deadline - time.monotonic())
+        except ServiceFailure as failure:
+            self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
+                      f' instance: {printable(instance)}')  # fmt: skip
+            self._note(service, service.fail(failure.reason, instance, generation, time.monotonic()))
+            self.queue.free(service, generation)
+            raise
+        except BaseException:
+            self.queue.free(service, generation)
+            raise
+        client.instance, client.connection = instance, connection
+        note = service.answered(generation, time.monotonic())
+        if note:
+            self._note(service, note)
+        # a client that has hung up may never read this: nothing more on that connection
+        pool.release(connection, generation, reuse=not client.ended)
+        if self._log.verbose:
+            self._log(INFO, f"Answer from '{service.name}' -> '{printable(action)}'")
+        return action
+
+    def _give_default(self, reason: str, failure: ServiceFailure | None, tried: Sequence[Service]) -> Decision:
+        self.statistics.defaults[reason] += 1
+        why = f'default, {reason}' + (f', last: {failure.reason}' if failure is not None else '')
+        if reason is not NO_SERVICE:  # told by _note() once, and counted by _keep()
+            level = NOTICE if reason is NOT_POLICY else WARNING
+            self._log(level, f"Default action '{printable(self._default)}' given: {why}")
+        return Decision(self._default, tried[-1] if tried else None, len(tried), why)
+
+    # -- serving
+
+    def handle(self, sock: socket.socket, _address: object = None) -> None:
+        """Serve one client until it leaves, breaks the protocol, or we drain."""
+        client = Client(sock)
+        client.closing = self.draining
+        self.clients.add(client)
+        self.statistics.clients += 1
+        try:
+            self._serve(client)
+            if client.pending:
+                self._refuse(NOTICE, CUT_OFF, f'{client.pending} bytes')
+        except RequestTooLong as error:
+            self._refuse(WARNING, TOO_LONG, str(error))
+        except RequestTooSlow as error:
+            self._refuse(NOTICE, TOO_SLOW, str(error))
+        except AnswerNotTaken as error:
+            self._refuse(NOTICE, NOT_TAKEN, str(error))
+        except (ClientGone, OSError):
+            self._refuse(NOTICE, RESET, f'{client.pending} bytes')
+        finally:
+            self.clients.discard(client)
+            client.close()
+
+    def _refuse(self, level: int, reason: str, text: str) -> None:
+        self.statistics.refused[reason] += 1
+        self._log(level, f'Client connection closed: {reason}, {text}')
+
+    def _serve(self, client: Client) -> None:
+        log = self._log
+        while True:
+            request = client.request(self._deadline)
+            if request is None:
+                return
+            started = time.monotonic()
+            if log.verbose:
+                for line in request.splitlines()[:-1]:
+                    log(INFO, f'Attribute: {printable(line)}')
+            decision = self.decide(request, client)
+            client.answer(decision.action, self._deadline)
+            if log.requests:
+                log(INFO, request_line(decision, request, time.monotonic() - started))
+
+    def drain(self, seconds: float) -> bool:
+        """Close every client between two requests; return False if some were left after so many seconds."""
+        self.draining = True
+        for client in self.clients:
+            client.drain()
+        with gevent.Timeout(seconds, False):
+            gevent.sleep(0.001)  # lets those begin that were accepted a moment ago
+            while self.clients:
+                gevent.sleep(0.005)
+        return not self.clients
+
+    # -- health
+
+    def _note(self, service: Service, text: str) -> None:
+        """Tell a change of state, and do what follows from it; '' is no change."""
+        if not text:
+            return
+        self._log(WARNING, text)
+        self.balancer.changed(service)
+        if service.state is DOWN:
+            self.pools[service].purge()
+            self.queue.recall(service)
+            gevent.spawn(self._probe, service)
+            if not any(other.state is UP for other in self.pools):
+                self._log(WARNING, f"No service is up: '{printable(self._default)}' is given to every request")
+
+    def _probe(self, service: Service) -> None:
+        """Try to connect to a service that is down until it can be done."""
+        while service.state is DOWN:
+            gevent.sleep(max(0.0, service.probe_at - time.monotonic()))
+            try:
+                with gevent.Timeout(service.timeout, TimeoutError('timed out')):
+                    connect(service.address).close()
+            except OSError:
+                service.probe_failed(time.monotonic())
+            else:
+                self._note(service, service.probe_connected(time.monotonic()))
+
+    def _keep(self) -> None:
+        """Do once a second what no request does."""
+        while True:
+            gevent.sleep(1)
+            now = time.monotonic()
+            for service, pool in self.pools.items():
+                pool.prune(now)
+                service.relearn(now)
+                self.queue.hand_over(service)
+                self._watch_stall(service, now)
+            if int(now) % 10 == 0 and self.statistics.defaults[NO_SERVICE] > self._defaults_told:
+                given = self.statistics.defaults[NO_SERVICE] - self._defaults_told
+                self._defaults_told += given
+                self._log(WARNING, f"Default action '{printable(self._default)}' given {given} times: {NO_SERVICE}")
+
+    def _watch_stall(self, service: Service, now: float) -> None:
+        stalled = service.stalled(now)
+        if stalled:
+            self.queue.recall(service)  # who waits for it may find another now
+        if stalled != service.stalled_seen:
+            service.stalled_seen = stalled
+            state = f'stalled: {service.in_flight} requests and no answer' if stalled else 'no longer stalled'
+            self._log(WARNING, f'[{service.name}] ({service.where}) is {state}')
+
+
+# ---------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    """The command line, checked."""
+
+    services: list[Service]
+    default: bytes
+    logging: bool
+    verbose: bool
+    stdout: bool
+    listen: list[Address]
+    socket_mode: int
+    deadline: float
+    max_clients: int | None
+    grace: float
+    reuse_port: bool
+
+
+def parse_default(text: str) -> bytes:
+    """Return the default action as bytes. Raises UsageError for one that Postfix would misread."""
+    action = os.fsencode(text)
+    try:
+        if b'\n' in action or b'\r' in action:
+            raise InvalidAnswer('a line break in the action')
+        return check_action(action)
+    except InvalidAnswer as error:
+        raise UsageError(f"--default '{text}': Postfix would misread {error}; allowed is one line of UTF-8 with an"
+                         " action of access(5), as 'dunno' or '451 4.3.5 try again later'") from None  # fmt: skip
+
+
+def parse_listen(text: str) -> Address:
+    """Return the address of a --listen option. Raises UsageError."""
+    allowed = 'allowed is <IPv4>:<port>, [<IPv6>]:<port> or unix:/path'
+    try:
+        address, rest = parse_address(text)
+    except UsageError as error:
+        raise UsageError(f"--listen '{text}': {error}; {allowed}") from None
+    if rest or address.family == socket.AF_UNSPEC:
+        raise UsageError(f"--listen '{text}': not an address of this machine; {allowed}")
+    return address
+
+
+def parse_command_line(argv: Sequence[str]) -> Options:
+    """Return the options. Raises UsageError; SystemExit after --help and --version."""
+    try:
+        given: dict[str, Any] = docopt(__doc__, list(argv), version=f'hapolicy {__version__}')
+    except DocoptExit:
+        raise UsageError(f'{misused(argv)}; see hapolicy --help') from None
+    services = [parse_service(text) for text in given['--service']]
+    if not services:
+        raise UsageError('no --service given: at least one -s <name>=<address>:<port> is needed')
+    names = [service.name for service in services]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--service '{name}' is given twice: each name is allowed once")
+    mode = given['--socket-mode']
+    if not re.fullmatch(r'0?[0-7]{3}', mode):
+        raise UsageError(f"--socket-mode '{mode}' is not an octal number from 000 to 777")
+    clients = given['--max-clients']
+    Service.fall = parse_number(given['--fall'], '--fall', 1, 1000)
+    Service.stall = parse_seconds(given['--stall'], '--stall')
+    return Options(
+        services=services,
+        default=parse_default(given['--default']),
+        logging=given['--logging'],
+        verbose=given['--verbose'],
+        stdout=given['--stdout'],
+        listen=[parse_listen(text) for text in given['--listen']],
+        socket_mode=int(mode, 8),
+        deadline=parse_seconds(given['--deadline'], '--deadline'),
+        max_clients=None if clients is None else parse_number(clients, '--max-clients', 1, 10**6),
+        grace=parse_seconds(given['--grace'], '--grace'),
+        reuse_port=given['--reuse-port'],
+    )
+
+
+def misused(argv: Sequence[str]) -> str:
+    """Return which word of a command line docopt could not place, as it does not tell."""
+    known = set(re.findall(r'--[a-z-]+', __doc__))
+    for word in argv:
+        if word.startswith('--') and not any(name.startswith(word.partition('=')[0]) for name in known):
+            return f"unknown option '{word}'"
+        if re.match(r'-[^-sdlvLh]', word):
+            return f"unknown option '{word}'"
+    return f"cannot use '{' '.join(argv)}': an option lacks its value, has one too many, or a word is no option"
+
+
+def stdin_is_stderr() -> bool:
+    """Tell whether stderr is the client's socket, as under spawn(8): then nothing may be written there."""
+    try:
+        return stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.samestat(os.fstat(0), os.fstat(2))
+    except OSError:
+        return True
+
+
+def complain(text: str) -> None:
+    """Tell the user what ends the start: one line on stderr, or in syslog where stderr is the client."""
+    text = printable(os.fsencode(text))
+    if stdin_is_stderr():
+        SyslogSink(None).write(WARNING, text)
+    else:
+        os.write(2, f'hapolicy: {text}\n'.encode('utf-8', 'backslashreplace'))
+
+
+def make_log(options: Options, server: bool) -> Log:
+    """Return the log as asked for; neither stdout nor stderr are used where they are the client."""
+    sink: StreamSink | SyslogSink
+    if options.stdout and (server or not is_client_socket()):
+        sink = StreamSink(1)
+    else:
+        sink = SyslogSink(StreamSink(2) if server else None)
+    return Log(sink, options.logging, options.verbose)
+
+
+def report_errors(log: Log) -> None:
+    """Send to the log what gevent would print on stderr: an accept() that failed, or an error of ours."""
+    told = [0.0]
+
+    def report(context: object, kind: type[BaseException], value: BaseException, trace: Any) -> None:
+        if isinstance(value, OSError):
+            if time.monotonic() > told[0]:  # waiting clients are tried ten times a second
+                told[0] = time.monotonic() + 1
+                log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
+            return
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        line = trace.tb_lineno if trace is not None else 0
+        log(WARNING, f'Internal error at line {line}: {kind.__name__}: {value}')
+
+    gevent.get_hub().print_exception = report
+
+
+def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
+    """Return a listening socket. Raises ListenError."""
+    sock = socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        if address.family == socket.AF_UNIX:
+            bind_unix(sock, address.host, mode, reuse)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if address.family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address.host, address.port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"--listen '{address}': {error.strerror or error}; allowed is an address of this machine"
+                          ' and a port or path that is free and may be used') from None  # fmt: skip
+    return sock
+
+
+def bind_unix(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
+    """Bind to a path, in place of a socket that nobody serves any more, or with `reuse` of any. Raises OSError."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise OSError(errno.EEXIST, 'a file that is no socket is there')
+        if not reuse:
+            _connect_unix(path).close()
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    except (FileNotFoundError, ConnectionRefusedError):
+        pass
+    # bound beside it and moved: nobody meets it with the wrong mode, or missing
+    beside = os.path.join(os.path.dirname(path), f'.{os.getpid()}')
+    sock.bind(beside)
+    os.chmod(beside, mode)
+    os.rename(beside, path)
+
+
+def inherited_listeners() -> list[socket.socket]:
+    """Return the sockets handed over by systemd's socket activation (sd_listen_fds(3))."""
+    if os.environ.get('LISTEN_PID') != str(os.getpid()):
+        return []
+    return [socket.socket(fileno=fd) for fd in range(3, 3 + int(os.environ.get('LISTEN_FDS', '0')))]
+
+
+def notify(state: str) -> None:
+    """Tell systemd our state, if it asked to be told (sd_notify(3))."""
+    path = os.environ.get('NOTIFY_SOCKET', '')
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            with contextlib.suppress(OSError):
+                sock.sendto(state.encode(), '\0' + path[1:] if path.startswith('@') else path)
+
+
+def client_limit(asked: int | None, services: Sequence[Service]) -> int:
+    """Raise the soft descriptor limit to the hard one; return how many clients to serve at once.
+
+    Every service may need its max of connections: the rest is for clients, and half at least.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if asked is not None:
+        return asked
+    room = (hard if hard != resource.RLIM_INFINITY else 10**6) - RESERVED_DESCRIPTORS
+    return max(1, room - sum(service.max for service in services), room // 2)
+
+
+def is_client_socket() -> bool:
+    """Tell whether stdin and stdout are one socket: the client's, as spawn(8) hands it over."""
+    try:
+        return stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.samestat(os.fstat(0), os.fstat(1))
+    except OSError:
+        return False
+
+
+class Stop:
+    """SIGTERM and SIGINT: the first ends the wait, the second the process."""
+
+    def __init__(self) -> None:
+        self.event = gevent.event.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, self._asked)
+
+    def _asked(self) -> None:
+        if self.event.is_set():
+            os._exit(1)
+        self.event.set()
+
+
+def serve_stdin(proxy: Proxy, stop: Stop, grace: float) -> bool:
+    """Serve the one client on stdin and stdout; return False if its answers could not all be given."""
+    pump: gevent.Greenlet | None = None
+    if is_client_socket():
+        sock = socket.socket(fileno=os.dup(0))
+    else:
+        sock, far = socket.socketpair()
+        gevent.spawn(pump_in, far)
+        pump = gevent.spawn(pump_out, far)
+    client = gevent.spawn(proxy.handle, sock)
+    client.link(lambda _: stop.event.set())
+    stop.event.wait()
+    served = proxy.drain(grace)
+    if pump is not None:
+        pump.join(grace)
+    return served
+
+
+def pump_in(far: socket.socket) -> None:
+    """Pass stdin on, whatever it is: a file or a terminal can not be waited for in the loop."""
+    read = gevent.get_hub().threadpool.apply
+    try:
+        while data := read(os.read, (0, RECEIVE)):
+            far.sendall(data)
+        far.shutdown(socket.SHUT_WR)
+    except OSError:
+        far.close()
+
+
+def pump_out(far: socket.socket) -> None:
+    """Pass the answers on to stdout."""
+    while data := far.recv(RECEIVE):
+        while data:
+            data = data[gevent.get_hub().threadpool.apply(os.write, (1, data)) :]
+
+
+def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop, options: Options, log: Log) -> bool:
+    """Serve clients until told to stop; return False if some were left at the end of the grace."""
+    from gevent.pool import Pool as GreenletPool
+    from gevent.server import StreamServer
+
+    class Greenlets(GreenletPool):  # type: ignore[misc]
+        """One greenlet per client; while it is full, StreamServer leaves clients in the backlog."""
+
+        told = 0.0
+
+        def full(self) -> bool:
+            full = bool(super().full())
+            if full and time.monotonic() > self.told:
+                self.told = time.monotonic() + 60
+                log(WARNING, f'{self.size} clients are served, the most allowed: more wait in the backlog')
+            return full
+
+    limit = client_limit(options.max_clients, options.services)
+    greenlets = Greenlets(limit)
+    servers = [StreamServer(listener, proxy.handle, spawn=greenlets) for listener in listeners]
+    for server in servers:
+        server.max_delay = 0.1  # seconds without accepting after an error
+        server.start()
+    where = ', '.join(str(listener.getsockname()) for listener in listeners)
+    log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {where}')
+    notify('READY=1')
+    stop.event.wait()
+    notify('STOPPING=1')
+    for server in servers:
+        while not greenlets.full() and (accepted := server.do_read()):
+            server.do_handle(*accepted)  # the backlog would be reset
+        server.close()
+    return proxy.drain(options.grace)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    try:
+        options = parse_command_line(sys.argv[1:] if argv is None else argv)
+        from gevent import monkey
+
+        monkey.patch_socket()
+        listeners = inherited_listeners()
+        listeners += [open_listener(address, options.socket_mode, options.reuse_port) for address in options.listen]
+    except (UsageError, ListenError) as error:
+        complain(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    stop = Stop()
+    log = make_log(options, bool(listeners))
+    report_errors(log)
+    proxy = Proxy(options.services, options.default, options.deadline, log)
+    if listeners:
+        clean = serve_listeners(listeners, proxy, stop, options, log)
+        log(NOTICE, f'hapolicy ends, {proxy.statistics}')
+    else:
+        clean = serve_stdin(proxy, stop, options.grace)
+    log.close()
+    return 0 if clean else 1
+
+
+def run() -> NoReturn:
+    """Be the command `hapolicy`."""
+    sys.exit(main())
+
+
+if __name__ == '__main__':
+    run()

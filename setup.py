@@ -1,0 +1,27 @@
+"""Install hapolicy_gevent.py and the command `hapolicy`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r"^__version__ = '(.+)'$", (HERE / 'hapolicy_gevent.py').read_text(), re.MULTILINE)
+assert VERSION
+
+setup(
+    name='hapolicy-gevent',
+    version=VERSION[1],
+    description='A proxy between Postfix and its policy servers: a dead, hung or lying one never costs a mail',
+    long_description=(HERE / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='BSD-2-Clause',
+    py_modules=['hapolicy_gevent'],
+    python_requires='>=3.10',
+    install_requires=['gevent>=22.10', 'docopt>=0.6.2'],
+    extras_require={
+        'test': ['hypothesis', 'mypy', 'pytest', 'ruff', 'types-docopt', 'types-gevent', 'types-setuptools'],
+        'bench': ['matplotlib'],
+    },
+    entry_points={'console_scripts': ['hapolicy=hapolicy_gevent:run']},
+)
