@@ -77,6 +77,7 @@ import gevent.event
 import gevent.hub
 import gevent.socket
 from docopt import DocoptExit, docopt
+from greenlet import greenlet
 
 __version__ = '2.0.0'
 
@@ -266,11 +267,11 @@ def parse_answer(data: bytes, closed: bool = False) -> bytes | None:
     Read as Postfix reads it: other lines are skipped, the first `action` counts. LF or CRLF.
     Raises InvalidAnswer.
     """
+    if len(data) > MAX_MESSAGE:
+        raise InvalidAnswer(f'an answer over {MAX_MESSAGE} bytes')
     if data.startswith(b'action=') and data.find(b'\n') == len(data) - 2 and data.endswith(b'\n\n'):
         return check_action(data[7:-2])  # nearly every answer is this one line
     end = end_of_message(data)
-    if len(data) > MAX_MESSAGE:
-        raise InvalidAnswer(f'an answer over {MAX_MESSAGE} bytes')
     if 0 < end < len(data):
         raise InvalidAnswer('bytes after the end of the answer')
     if not end and not closed:
@@ -736,7 +737,7 @@ class Log:
         self._sink = sink
         self._lines: deque[tuple[int, str]] = deque()
         self._more = gevent.event.Event()
-        self._writer = gevent.spawn(self._write)
+        gevent.spawn(self._write)
 
     def __call__(self, level: int, text: str) -> None:
         """Queue a line; it is dropped and counted when MAX_LOG_LINES wait already."""
@@ -763,10 +764,9 @@ class Log:
 
     def close(self, seconds: float = 1.0) -> None:
         """Write what is queued, for so many seconds at most."""
-        with gevent.Timeout(seconds, False):
-            while self._more.is_set():
-                gevent.sleep(0.005)
-        self._writer.kill(block=False)
+        give_up = time.monotonic() + seconds
+        while self._more.is_set() and time.monotonic() < give_up:
+            gevent.sleep(0.005)
 
 
 # ---------------------------------------------------------------------------
@@ -790,8 +790,8 @@ class Wire:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = sock
         self._hub = gevent.get_hub()
-        self._waiter: gevent.Greenlet | None = None
-        self._watcher = self._hub.loop.io(sock.fileno(), READ)
+        self._waiter: greenlet | None = None
+        self._watcher: Any = self._hub.loop.io(sock.fileno(), READ)
         self._watcher.start(self._readable)
 
     def _readable(self) -> None:
@@ -949,6 +949,22 @@ class Connection(Wire):
         return action
 
 
+class QueryTimeout(gevent.Timeout):
+    """A Timeout that may be started again and again: 0.4 us each time, against 1.6 us for a new one.
+
+    gevent's own goes on with what the last run left of its time, as libev's ev_timer_stop() keeps
+    the rest; ev_timer_again() starts from the whole.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(None)
+        self.seconds = seconds
+        self.timer: Any = gevent.get_hub().loop.timer(seconds, repeat=seconds)
+
+    def start(self) -> None:
+        self.timer.again(gevent.getcurrent().throw, self, update=True)
+
+
 class Pool:
     """The connections to one service.
 
@@ -961,7 +977,7 @@ class Pool:
         self.idle: list[Connection] = []  # the longest idle first
         self._open: set[Connection] = set()
         self._serial = self._newest_served = 0
-        self._timers: list[gevent.Timeout] = []
+        self._timers: list[QueryTimeout] = []
         self._settling: dict[Connection, int] = {}
         self._settled = False  # SETTLE has shown that the service answers once
         self._lying = False  # it sent what nobody asked for: no connection is used twice
@@ -1003,11 +1019,10 @@ class Pool:
         service.queries += 1
         answers_before = service.answers
         whole = remaining >= service.timeout
-        # a Timeout made anew costs 2.8 us, one started again 0.7 us
         if whole and self._timers:
             timer = self._timers.pop()
         else:
-            timer = gevent.Timeout(max(0.001, min(remaining, service.timeout)))
+            timer = QueryTimeout(max(0.001, min(remaining, service.timeout)))
         connection: Connection | None = None
         answered = False
         timer.start()
@@ -1128,7 +1143,7 @@ class Waiter:
 
     def __init__(self, services: Sequence[Service]) -> None:
         self.services = services
-        self.handed = gevent.event.AsyncResult()
+        self.handed: gevent.event.AsyncResult[tuple[Service, int] | None] = gevent.event.AsyncResult()
 
 
 class Queue:
@@ -1433,10 +1448,10 @@ class Proxy:
         self.draining = True
         for client in self.clients:
             client.drain()
-        with gevent.Timeout(seconds, False):
-            gevent.sleep(0.001)  # lets those begin that were accepted a moment ago
-            while self.clients:
-                gevent.sleep(0.005)
+        give_up = time.monotonic() + seconds
+        gevent.sleep(0.001)  # lets those begin that were accepted a moment ago
+        while self.clients and time.monotonic() < give_up:
+            gevent.sleep(0.005)
         return not self.clients
 
     # -- health
@@ -1623,7 +1638,8 @@ def report_errors(log: Log) -> None:
         line = trace.tb_lineno if trace is not None else 0
         log(WARNING, f'Internal error at line {line}: {kind.__name__}: {value}')
 
-    gevent.get_hub().print_exception = report
+    hub: Any = gevent.get_hub()
+    hub.print_exception = report
 
 
 def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
@@ -1675,9 +1691,8 @@ def notify(state: str) -> None:
     """Tell systemd our state, if it asked to be told (sd_notify(3))."""
     path = os.environ.get('NOTIFY_SOCKET', '')
     if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            with contextlib.suppress(OSError):
-                sock.sendto(state.encode(), '\0' + path[1:] if path.startswith('@') else path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.sendto(state.encode(), '\0' + path[1:] if path.startswith('@') else path)
 
 
 def client_limit(asked: int | None, services: Sequence[Service]) -> int:
@@ -1717,7 +1732,7 @@ class Stop:
 
 def serve_stdin(proxy: Proxy, stop: Stop, grace: float) -> bool:
     """Serve the one client on stdin and stdout; return False if its answers could not all be given."""
-    pump: gevent.Greenlet | None = None
+    pump: gevent.Greenlet[..., None] | None = None
     if is_client_socket():
         sock = socket.socket(fileno=os.dup(0))
     else:
@@ -1756,7 +1771,7 @@ def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop
     from gevent.pool import Pool as GreenletPool
     from gevent.server import StreamServer
 
-    class Greenlets(GreenletPool):  # type: ignore[misc]
+    class Greenlets(GreenletPool):
         """One greenlet per client; while it is full, StreamServer leaves clients in the backlog."""
 
         told = 0.0

@@ -1,0 +1,190 @@
+"""The protocol as pure code: the same bytes give the same events, however they arrive."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hapolicy_gevent import (
+    MAX_MESSAGE,
+    InvalidAnswer,
+    RequestBuffer,
+    RequestTooLong,
+    attribute,
+    check_action,
+    parse_answer,
+)
+
+WIRE = Path(__file__).parent / 'wire'
+
+
+def fixtures(kind: str) -> list[Any]:
+    return [
+        pytest.param(path.with_suffix('.txt').read_bytes(), json.loads(path.read_text()), id=path.stem)
+        for path in sorted((WIRE / kind).glob('*.json'))
+    ]
+
+
+def whole(data: bytes) -> Iterator[bytes]:
+    yield data
+
+
+def by_line(data: bytes) -> Iterator[bytes]:
+    yield from data.splitlines(keepends=True)
+
+
+def by_byte(data: bytes) -> Iterator[bytes]:
+    # the long ones by byte at their ends, where it matters: a quadratic test proves nothing more
+    middle = len(data) - 400 if len(data) > 2000 else 200
+    yield from (data[i : i + 1] for i in range(min(200, len(data))))
+    yield data[200:middle]
+    yield from (data[i : i + 1] for i in range(max(200, middle), len(data)))
+
+
+def at_random(data: bytes) -> Iterator[bytes]:
+    chance = random.Random(data)
+    while data:
+        size = chance.randint(1, 1 + len(data) // 3)
+        yield data[:size]
+        data = data[size:]
+
+
+WAYS = [whole, by_line, by_byte, at_random]
+
+
+def feed(pieces: Iterator[bytes]) -> tuple[list[bytes], int, str]:
+    """Return the requests in these pieces, the bytes left over, and the error that ended it."""
+    buffer, requests = RequestBuffer(), []
+    for piece in pieces:
+        buffer.feed(piece)
+        try:
+            while (request := buffer.take() if buffer else None) is not None:
+                requests.append(request)
+        except RequestTooLong:
+            return requests, 0, 'RequestTooLong'
+        assert len(buffer) <= MAX_MESSAGE
+    return requests, len(buffer), ''
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize(('data', 'expected'), fixtures('requests'))
+def test_requests_are_cut_the_same_whatever_way_they_come(data: bytes, expected: dict[str, Any], way: Any) -> None:
+    requests, left, error = feed(way(data))
+    assert [len(request) for request in requests] == expected['lengths']
+    assert b''.join(requests) == data[: sum(expected['lengths'])]
+    assert error == expected.get('error', '')
+    assert error or left == expected.get('left', 0)
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize(('data', 'expected'), fixtures('answers'))
+def test_answers_are_read_the_same_whatever_way_they_come(data: bytes, expected: dict[str, Any], way: Any) -> None:
+    wanted = expected.get('action') or expected.get('error', '')
+    had, found = b'', None
+    for piece in way(data):
+        had += piece
+        try:
+            found = parse_answer(had)
+        except InvalidAnswer as error:
+            assert expected.get('error', 'valid') in str(error)
+            return
+        if found is not None and had == data:
+            break
+        if found is not None:
+            # an answer has come whole before the surplus: the pool finds what comes later
+            assert 'after the end' in wanted
+            return
+    if 'closed_error' in expected:
+        assert found is None
+        with pytest.raises(InvalidAnswer, match=expected['closed_error']):
+            parse_answer(data, closed=True)
+    elif 'closed' in expected:
+        assert found is None
+        assert parse_answer(data, closed=True) == expected['closed'].encode()
+    else:
+        assert found is not None
+        assert found.decode() == wanted
+
+
+PIECES = [b'\n', b'\r', b'\r\n', b'=', b'a=b\n', b'action', b'action=', b'550', b' ', b'\n\n', b'\xff']
+wire_bytes = st.one_of(
+    st.binary(max_size=200),
+    st.lists(st.sampled_from(PIECES), max_size=30).map(b''.join),
+)
+
+
+@given(wire_bytes, st.data())
+def test_any_split_gives_the_same_requests(data: bytes, draw: st.DataObject) -> None:
+    cuts = sorted(draw.draw(st.lists(st.integers(0, len(data)), max_size=8)))
+    pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+    assert feed(iter(pieces)) == feed(iter([data]))
+
+
+@given(wire_bytes, st.booleans())
+def test_any_bytes_are_an_answer_or_an_invalid_one(data: bytes, closed: bool) -> None:
+    try:
+        action = parse_answer(data, closed)
+    except InvalidAnswer:
+        return
+    if action is None:
+        assert not closed
+    else:
+        assert action and action == action.strip() and not action.isdigit() and b'\n' not in action
+        assert b'\0' not in action
+        action.decode()
+
+
+@given(wire_bytes)
+def test_no_part_of_an_answer_is_taken_for_a_different_one(data: bytes) -> None:
+    """What a prefix is taken for, the whole is taken for, unless bytes after its end make it invalid."""
+    for end in range(len(data)):
+        try:
+            early = parse_answer(data[:end])
+        except InvalidAnswer:
+            continue
+        if early is not None:
+            with pytest.raises(InvalidAnswer):
+                parse_answer(data)
+            return
+
+
+def test_the_buffer_stays_bounded() -> None:
+    buffer = RequestBuffer()
+    with pytest.raises(RequestTooLong):
+        for _ in range(1000):
+            buffer.feed(b'x' * 1000)
+            buffer.take()
+    assert len(buffer) <= MAX_MESSAGE + 1000
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        (b'request', b'smtpd_access_policy'),
+        (b'sender', b'a=b@c'),
+        (b'twice', b'first'),
+        (b'crlf', b'x'),
+        (b'empty', b''),
+        (b'absent', b''),
+        (b'ender', b''),
+        (b'no equals', b''),
+        (b'last', b'z'),
+    ],
+)
+def test_attributes_are_found_by_exact_name(name: bytes, value: bytes) -> None:
+    lines = [b'request=smtpd_access_policy', b'sender=a=b@c', b'twice=first', b'twice=second', b'crlf=x\r', b'empty=']
+    request = b'\n'.join([*lines, b'no equals', b'last=z\n\n'])
+    assert attribute(request, name) == value
+
+
+@pytest.mark.parametrize('action', [b'', b'  ', b'550', b' 0 ', b'OK\0', b'\xff'])
+def test_what_postfix_would_misread_is_no_action(action: bytes) -> None:
+    with pytest.raises(InvalidAnswer):
+        check_action(action)
