@@ -238,7 +238,7 @@ def test_the_bytes_of_a_request_reach_the_server_as_they_came() -> None:
 
 
 def test_pipelined_requests_are_answered_in_order() -> None:
-    with stubs(slow(0.02), slow(0)) as (a, b):  # noqa: SIM117
+    with stubs(slow(0.02), slow(0)) as (a, b):
         with ProxyProcess('-s', a.service, '-s', b.service) as proxy, proxy.client() as client:
             instances = [new_instance() for _ in range(200)]
             client.send(b''.join(request(instance=instance) for instance in instances))
@@ -272,7 +272,7 @@ def test_a_client_that_vanishes_leaves_no_connection_behind_that_is_used_again(l
 
 
 def test_unix_sockets_on_both_sides(tmp_path: object) -> None:
-    with PolicyServerStub(path=f'{tmp_path}/server') as a:  # noqa: SIM117
+    with PolicyServerStub(path=f'{tmp_path}/server') as a:
         with ProxyProcess('-s', a.service, f'--listen=unix:{tmp_path}/proxy', '--socket-mode=600') as proxy:
             with PostfixClient(f'{tmp_path}/proxy') as client:
                 assert client.ask_own() == 'A'

@@ -1,0 +1,267 @@
+"""The command line: every mistake is one line and a status; stdin/stdout mode for spawn(8) and pipes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import hapolicy_gevent
+from tests.support import MODULE, ROOT, ProxyProcess, echo, hang, new_instance, request, slow, stubs, wait_until
+
+ONE = b'request=smtpd_access_policy\ninstance=%s\n\n'
+
+
+def run(*arguments: str, stdin: bytes = b'') -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, str(MODULE), *arguments], input=stdin, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        ([], '--service'),
+        (['-s', 'a'], "'a'"),
+        (['-s', 'a=h:0'], "port '0'"),
+        (['-s', 'a=h:1:x'], "prio 'x'"),
+        (['-s', 'a=h:1', '-s', 'a=h:2'], "'a' is given twice"),
+        (['-s', 'a=h:1', '-d', ''], '--default'),
+        (['-s', 'a=h:1', '-d', '550'], 'bare number'),
+        (['-s', 'a=h:1', '-d', 'a\nb'], 'line break'),
+        (['-s', 'a=h:1', '--listen=nonsense'], "'nonsense'"),
+        (['-s', 'a=h:1', '--listen=localhost:10060'], "'localhost:10060'"),
+        (['-s', 'a=h:1', '--listen=127.0.0.1:65536'], "'65536'"),
+        (['-s', 'a=h:1', '--socket-mode=999'], "'999'"),
+        (['-s', 'a=h:1', '--deadline=0'], "--deadline '0'"),
+        (['-s', 'a=h:1', '--deadline=soon'], "--deadline 'soon'"),
+        (['-s', 'a=h:1', '--max-clients=0'], "--max-clients '0'"),
+        (['-s', 'a=h:1', '--fall=0'], "--fall '0'"),
+        (['-s', 'a=h:1', '--stall=-1'], "--stall '-1'"),
+        (['-s', 'a=h:1', '--frobnicate'], "'--frobnicate'"),
+        (['-s', 'a=h:1', '-x'], "'-x'"),
+        (['-s', 'a=h:1', 'word'], 'word'),
+        (['-s'], '-s'),
+        (['--listen'], '--listen'),
+    ],
+)
+def test_a_mistake_ends_the_start_with_one_line_and_status_2(arguments: list[str], said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == b''
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) == 1 and lines[0].startswith('hapolicy: ') and said in lines[0], lines
+
+
+def test_an_address_that_cannot_be_listened_on_ends_the_start_with_status_1() -> None:
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        where = f'127.0.0.1:{taken.getsockname()[1]}'
+        done = run('-s', 'a=h:1', f'--listen={where}')
+        assert done.returncode == 1
+        assert done.stderr.decode().count('\n') == 1
+        assert where in done.stderr.decode() and 'Address already in use' in done.stderr.decode()
+    for where in ('192.0.2.1:10060', 'unix:/no/such/directory/s', f'unix:{MODULE}'):
+        done = run('-s', 'a=h:1', f'--listen={where}')
+        assert (done.returncode, done.stderr.decode().count('\n')) == (1, 1), done.stderr
+        assert where in done.stderr.decode()
+
+
+def test_help_and_version() -> None:
+    assert run('--help').stdout.decode().strip() == (hapolicy_gevent.__doc__ or '').strip()
+    assert run('-h').returncode == 0
+    assert run('--version').stdout.decode() == f'hapolicy {hapolicy_gevent.__version__}\n'
+
+
+def test_readme_and_help_name_the_same_options() -> None:
+    readme = (ROOT / 'README.md').read_text()
+    assert (hapolicy_gevent.__doc__ or '').strip() in readme, 'README quotes the whole usage text'
+
+
+def test_the_ancestors_forms_of_options_are_taken() -> None:
+    with stubs(echo) as (a,):
+        for arguments in (
+            ['-lv', '-s', a.service + ':'],
+            [f'--service={a.service}', '--default', 'dunno', '--logging'],
+            ['--service', a.service, '-ddunno', '-l', '--verbose'],
+        ):
+            assert run(*arguments, stdin=ONE % b'i').stdout == b'action=DUNNO i A\n\n', arguments
+
+
+def test_a_pipe_is_served_in_order_and_its_end_ends_the_process() -> None:
+    with stubs(echo, echo) as (a, b):
+        instances = [new_instance().encode() for _ in range(50)]
+        done = run('-s', a.service, '-s', b.service, stdin=b''.join(ONE % instance for instance in instances))
+        answers = done.stdout.split(b'\n\n')
+        assert [answer.split()[1] for answer in answers[:-1]] == instances
+        assert {answer.split()[2] for answer in answers[:-1]} == {b'A', b'B'}
+        assert (done.returncode, done.stderr) == (0, b'')
+
+
+def test_a_file_on_stdin_is_served(tmp_path: Path) -> None:
+    (tmp_path / 'requests').write_bytes(ONE % b'x')
+    with stubs(echo) as (a,), (tmp_path / 'requests').open() as file:
+        command = [sys.executable, str(MODULE), '-s', a.service]
+        done = subprocess.run(command, stdin=file, capture_output=True, timeout=30)
+        assert done.stdout == b'action=DUNNO x A\n\n'
+
+
+class Spawned:
+    """The proxy as spawn(8) runs it: stdin, stdout and stderr are one socket."""
+
+    def __init__(self, *arguments: str, python: str = sys.executable) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(20)
+        with theirs:
+            self.process = subprocess.Popen(
+                [python, str(MODULE), *arguments], stdin=theirs, stdout=theirs, stderr=theirs,
+                env={'PATH': '/usr/bin:/bin', 'LANG': 'C'}, cwd='/',
+            )  # fmt: skip
+
+    def ask(self, message: bytes) -> bytes:
+        self.socket.sendall(message)
+        data = b''
+        while not data.endswith(b'\n\n'):
+            more = self.socket.recv(65536)
+            if not more:
+                break
+            data += more
+        return data
+
+    def rest(self) -> bytes:
+        """Return all that comes until the end."""
+        data = b''
+        while more := self.socket.recv(65536):
+            data += more
+        return data
+
+    def __enter__(self) -> Spawned:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def test_i5_under_spawn_nothing_but_answers_is_written() -> None:
+    with stubs(echo, hang) as (a, b), Spawned('-lv', '-s', a.service, '-s', b.service + ':1::0.2') as spawned:
+        for i in range(5):
+            assert spawned.ask(ONE % b'%d' % i) == b'action=DUNNO %d A\n\n' % i
+        assert spawned.ask(b'nonsense\n\n') == b'action=dunno\n\n'
+        spawned.socket.shutdown(socket.SHUT_WR)
+        assert spawned.rest() == b''
+        assert spawned.process.wait(10) == 0
+
+
+@pytest.mark.parametrize('arguments', [[], ['-s', 'nonsense'], ['--frobnicate'], ['-s', 'a=h:1', '-d', '550']])
+def test_i5_under_spawn_a_mistake_in_master_cf_writes_nothing(arguments: list[str]) -> None:
+    with Spawned(*arguments) as spawned:
+        assert spawned.rest() == b''
+        assert spawned.process.wait(10) == 2
+
+
+def test_i5_under_spawn_stdout_is_never_the_log() -> None:
+    with stubs(echo) as (a,), Spawned('-lvL', '-s', a.service) as spawned:
+        assert spawned.ask(ONE % b'i') == b'action=DUNNO i A\n\n'
+        spawned.socket.shutdown(socket.SHUT_WR)
+        assert spawned.rest() == b''
+
+
+def test_under_spawn_sigterm_answers_what_is_in_flight() -> None:
+    with stubs(slow(0.5)) as (a,), Spawned('-s', a.service) as spawned:
+        spawned.socket.sendall(ONE % b'i')
+        wait_until(lambda: a.requests)
+        spawned.process.send_signal(signal.SIGTERM)
+        assert spawned.rest() == b'action=DUNNO i A\n\n'
+        assert spawned.process.wait(10) == 0
+
+
+def test_in_a_shell_stdout_has_log_and_answers() -> None:
+    with stubs(echo) as (a,):
+        done = run('-lL', '-s', a.service, stdin=ONE % b'i')
+        assert b'action=DUNNO i A\n\n' in done.stdout and b'[LOG info]: [A] (' in done.stdout
+
+
+def test_sigterm_answers_what_is_in_flight_and_ends_with_status_0() -> None:
+    with stubs(slow(0.6)) as (a,), ProxyProcess('-s', a.service) as proxy:
+        clients = [proxy.client() for _ in range(8)]
+        idle = proxy.client()
+        for i, client in enumerate(clients):
+            client.send(request(instance=f'i{i}'))
+        wait_until(lambda: len(a.requests) >= 1)
+        proxy.process.send_signal(signal.SIGTERM)
+        assert idle.at_end()
+        for i, client in enumerate(clients):
+            assert client.read_answer() == b'action=DUNNO i%d A\n\n' % i
+            assert client.at_end()
+        assert proxy.process.wait(10) == 0
+        with pytest.raises(ConnectionRefusedError):
+            proxy.client()
+
+
+def test_after_the_grace_it_ends_with_status_1() -> None:
+    with stubs(hang) as (a,), ProxyProcess('-s', a.service, '--grace=0.5') as proxy, proxy.client() as client:
+        client.send(request())
+        wait_until(lambda: a.requests)
+        started = time.monotonic()
+        assert proxy.terminate() == 1
+        assert time.monotonic() - started < 5
+
+
+def test_a_second_signal_ends_it_at_once() -> None:
+    with stubs(hang) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        client.send(request())
+        wait_until(lambda: a.requests)
+        proxy.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert proxy.process.poll() is None
+        proxy.process.send_signal(signal.SIGINT)
+        assert proxy.process.wait(5) == 1
+
+
+def test_importing_patches_nothing() -> None:
+    code = 'import hapolicy_gevent, gevent.monkey, socket; print(gevent.monkey.saved, socket.socket.__module__)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert done.stdout == '{} socket\n', done
+
+
+def test_the_single_file_runs_on_debians_own_python(tmp_path: Path) -> None:
+    python = '/usr/bin/python3'
+    probe = subprocess.run([python, '-c', 'import gevent, docopt'], capture_output=True)
+    if probe.returncode:
+        pytest.skip('python3-gevent or python3-docopt is not installed')
+    copy = tmp_path / 'hapolicy'
+    copy.write_bytes(MODULE.read_bytes())
+    with stubs(echo) as (a,):
+        done = subprocess.run([python, str(copy), '-s', a.service], input=ONE % b'i', capture_output=True, timeout=30)
+        assert (done.stdout, done.stderr, done.returncode) == (b'action=DUNNO i A\n\n', b'', 0)
+        with ProxyProcess('-s', a.service, python=python) as proxy:
+            with proxy.client() as client:
+                assert [client.ask_own() for _ in range(100)] == ['A'] * 100
+            assert proxy.terminate() == 0
+
+
+def test_a_unix_listener_replaces_a_stale_socket_and_leaves_a_live_one_alone(tmp_path: Path) -> None:
+    path = tmp_path / 'policy'
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service, f'--listen=unix:{path}', '--socket-mode=0640'):
+        assert oct(path.stat().st_mode)[-3:] == '640'
+        done = run('-s', a.service, f'--listen=unix:{path}')
+        assert done.returncode == 1 and b'Address already in use' in done.stderr
+        assert os.listdir(tmp_path) == ['policy']
+
+
+def test_every_function_is_short_and_the_module_within_its_wall() -> None:
+    source = MODULE.read_text()
+    code = [line for line in source.splitlines() if line.strip() and not line.strip().startswith('#')]
+    assert len(code) < 1700, len(code)
+    assert not re.search(r'(?i)\b(todo|fixme|xxx)\b', source)

@@ -1,0 +1,368 @@
+"""The proxy as a process: bad input, room, deadlines, draining; each row of the promises in README by name."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.support import (
+    HangUp,
+    Peer,
+    PolicyServerStub,
+    PostfixClient,
+    ProxyProcess,
+    attributes,
+    echo,
+    hang,
+    in_threads,
+    new_instance,
+    request,
+    reset,
+    slow,
+    stubs,
+    wait_until,
+)
+
+
+def test_a_request_of_another_type_gets_the_default_and_nothing_leaks_into_the_next() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service, '-d', '450 later') as proxy, proxy.client() as client:
+        assert client.ask(b'request=junk\nsender=leak@example.org\n\n') == '450 later'
+        assert client.ask(b'sender=leak@example.org\n\n') == '450 later'
+        assert client.ask(b'\n') == '450 later'
+        assert client.ask(b'\r\n') == '450 later'
+        assert client.ask(b'request=smtpd_access_policy\ninstance=i\n\n') == 'DUNNO i A'
+        assert a.requests == [b'request=smtpd_access_policy\ninstance=i\n\n']
+        wait_until(lambda: proxy.log.count('given: default, not a request') == 4)
+
+
+def test_a_request_without_end_is_cut_off_and_memory_stays_bounded() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy:
+        before = proxy.memory
+        for _ in range(100):
+            with proxy.client() as client:
+                client.sock.settimeout(10)
+                try:
+                    for _ in range(16):
+                        client.send(b'x' * 65536)
+                except OSError:
+                    pass
+        proxy.logged('request too long')
+        assert proxy.memory - before < 30e6
+        with proxy.client() as client:
+            assert client.ask_own() == 'A'
+
+
+def test_a_slow_loris_is_cut_off_at_the_deadline_and_an_idle_client_is_not() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service, '--deadline=1') as proxy:
+        with proxy.client() as idle, proxy.client() as loris:
+            started = time.monotonic()
+            try:
+                for byte in request():
+                    loris.send(bytes([byte]))
+                    time.sleep(0.05)
+            except OSError:
+                pass
+            assert time.monotonic() - started < 10
+            proxy.logged('request too slow')
+            time.sleep(1)
+            assert idle.ask_own() == 'A'
+
+
+def test_a_client_that_does_not_read_stalls_nobody() -> None:
+    def long_answer(peer: Peer, message: bytes) -> None:
+        if b'long' in message:
+            peer.send(b'action=DUNNO ' + b'x' * 60000 + b'\n\n')
+        else:
+            echo(peer, message)
+
+    with stubs(long_answer) as (a,), ProxyProcess('-s', a.service, '--deadline=2') as proxy:
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        deaf.connect(('127.0.0.1', proxy.port))
+        deaf.settimeout(1)
+        try:
+            for _ in range(200):
+                deaf.sendall(request(sender='long'))
+        except OSError:
+            pass
+        with proxy.client() as client:
+            assert [client.ask_own() for _ in range(100)] == ['A'] * 100
+        proxy.logged('answer not taken')
+        deaf.close()
+
+
+def test_a_client_with_a_window_of_a_few_bytes_gets_its_whole_answer() -> None:
+    with stubs(lambda peer, message: peer.send(b'action=DUNNO ' + b'x' * 65000 + b'\n\n')) as (a,):
+        with ProxyProcess('-s', a.service) as proxy:
+            slow_reader = socket.socket()
+            slow_reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            slow_reader.connect(('127.0.0.1', proxy.port))
+            slow_reader.sendall(request())
+            data = b''
+            while not data.endswith(b'\n\n'):
+                data += slow_reader.recv(100)
+            assert len(data) == 7 + 6 + 65000 + 2
+            slow_reader.close()
+
+
+def test_ten_thousand_connects_and_hang_ups_leave_nothing_behind() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy:
+        with proxy.client() as client:
+            assert client.ask_own() == 'A'
+        time.sleep(0.1)
+        before = proxy.descriptors
+        for i in range(10000):
+            sock = socket.create_connection(('127.0.0.1', proxy.port))
+            if i % 3 == 0:
+                reset(sock)
+            else:
+                if i % 3 == 1:
+                    sock.send(b'request=smtpd')
+                sock.close()
+        with proxy.client() as client:
+            assert client.ask_own() == 'A'
+        wait_until(lambda: proxy.descriptors <= before + 1, what='descriptors as before')
+
+
+def test_out_of_descriptors_clients_wait_in_the_backlog_and_are_served_later() -> None:
+    with stubs(echo) as (a,):
+        limited = ('prlimit', '--nofile=60:60')
+        with ProxyProcess('-s', a.service, '--max-clients=1000', before=limited) as proxy:
+            clients = [proxy.client() for _ in range(80)]
+            proxy.logged('Cannot accept a client')
+            cpu, started = proxy.cpu, time.monotonic()
+            time.sleep(2)
+            assert (proxy.cpu - cpu) / (time.monotonic() - started) < 0.2
+            assert proxy.log.count('Cannot accept a client') <= 1 + (time.monotonic() - started) + 2
+            for client in clients[:40]:
+                client.close()
+            assert [client.ask_own() for client in clients[40:]] == ['A'] * 40
+
+
+def test_with_the_default_of_max_clients_descriptors_suffice() -> None:
+    with stubs(echo) as (a,):
+        with ProxyProcess('-s', a.service, before=('prlimit', '--nofile=200:200')) as proxy:
+            clients = [proxy.client() for _ in range(150)]
+            assert [client.ask_own() for client in clients[:60]] == ['A'] * 60
+            for client in clients[:90]:
+                client.close()
+            assert [client.ask_own() for client in clients[90:]] == ['A'] * 60
+            assert 'Cannot accept' not in proxy.log
+            proxy.logged('more wait in the backlog')
+
+
+def test_max_clients_more_wait_and_are_served_as_others_leave() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service, '--max-clients=2') as proxy:
+        first, second, third = proxy.client(), proxy.client(), proxy.client()
+        assert (first.ask_own(), second.ask_own()) == ('A', 'A')
+        third.send(request(instance='x'))
+        third.sock.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            third.read_answer()
+        first.close()
+        third.sock.settimeout(10)
+        assert third.read_answer() == b'action=DUNNO x A\n\n'
+
+
+def test_max_bounds_what_a_server_gets_and_the_others_wait_for_a_slot() -> None:
+    most, now, lock = [0], [0], threading.Lock()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.02)
+        with lock:
+            now[0] -= 1
+        echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service + '::::3') as proxy:
+
+        def work(_: int) -> set[str]:
+            with proxy.client() as client:
+                return {client.ask_own() for _ in range(10)}
+
+        assert in_threads(20, work) == [{'A'}] * 20
+        assert most[0] == 3
+        assert a.open <= 3
+
+
+@pytest.mark.parametrize('ending', ['returned', 'died', 'timed out', 'client gone'])
+def test_a_freed_slot_wakes_a_waiter_whatever_freed_it(ending: str) -> None:
+    blocked = threading.Event()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if b'first' in message:
+            blocked.set()
+            if ending == 'returned':
+                time.sleep(0.3)
+            elif ending == 'died':
+                time.sleep(0.3)
+                raise HangUp
+            else:
+                peer.hang()
+        echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::0.6:1') as proxy:
+        with proxy.client() as client:
+            assert client.ask_own() == 'A'
+        time.sleep(0.1)
+        first = proxy.client()
+        first.send(request(instance='first'))
+        assert blocked.wait(5)
+        waiting = [proxy.client() for _ in range(3)]
+        for i, client in enumerate(waiting):
+            client.send(request(instance=f'w{i}'))
+        if ending == 'client gone':
+            reset(first.sock)
+        for i, client in enumerate(waiting):
+            assert client.read_answer() == b'action=DUNNO w%d A\n\n' % i
+
+
+def test_a_waiter_that_leaves_does_not_take_a_slot_with_it() -> None:
+    with stubs(slow(0.2)) as (a,), ProxyProcess('-s', a.service + '::::1') as proxy:
+        for _ in range(3):
+            clients = [proxy.client() for _ in range(6)]
+            for client in clients:
+                client.send(request(instance=new_instance()))
+            for client in clients[1::2]:
+                reset(client.sock)
+            for client in clients[::2]:
+                assert client.read_answer().startswith(b'action=DUNNO')
+
+
+def test_the_deadline_is_over_all_services_and_the_default_comes_before_it_passes() -> None:
+    with stubs(hang, hang, hang) as servers:
+        services = [f'-s{server.service}:::1' for server in servers]
+        with ProxyProcess(*services, '--deadline=1.5') as proxy, proxy.client() as client:
+            started = time.monotonic()
+            assert client.ask(request()) == 'dunno'
+            assert 1.4 < time.monotonic() - started < 2.5
+            proxy.logged('given: default, deadline')
+
+
+def test_waiting_for_a_slot_ends_at_the_deadline() -> None:
+    with stubs(hang) as (a,), ProxyProcess('-s', a.service + ':::5:1', '--deadline=1') as proxy:
+        started = time.monotonic()
+
+        def work(_: int) -> str:
+            with proxy.client() as client:
+                return client.ask(request(instance=new_instance()))
+
+        assert in_threads(5, work) == ['dunno'] * 5
+        assert time.monotonic() - started < 3
+
+
+def test_the_requests_of_a_message_share_a_server_connection() -> None:
+    seen: dict[str, set[tuple[str, int]]] = {}
+
+    def behave(peer: Peer, message: bytes) -> None:
+        seen.setdefault(attributes(message)['instance'], set()).add((peer.server.name, id(peer)))
+        echo(peer, message)
+
+    with stubs(behave, behave) as (a, b), ProxyProcess('-s', a.service, '-s', b.service) as proxy:
+
+        def work(_: int) -> None:
+            with proxy.client() as client:
+                for _ in range(20):
+                    instance = new_instance()
+                    for state in ('RCPT', 'RCPT', 'DATA', 'END-OF-MESSAGE'):
+                        client.ask(request(instance=instance, protocol_state=state))
+
+        in_threads(4, work)
+        assert len(seen) == 80
+        assert {len({server for server, _ in places}) for places in seen.values()} == {1}
+        alone = sum(len(places) == 1 for places in seen.values())
+        assert alone >= 60, f'{alone} of 80 messages had a connection for themselves'
+
+
+def test_a_message_spread_over_client_connections_goes_to_one_service() -> None:
+    with stubs(echo, echo) as (a, b), ProxyProcess('-s', a.service, '-s', b.service) as proxy:
+        with proxy.client() as one, proxy.client() as two:
+            for _ in range(20):
+                message = request(instance=new_instance())
+                assert one.ask(message) == two.ask(message)
+
+
+def test_a_used_connection_that_has_ended_is_no_failure() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        for _ in range(5):
+            assert client.ask_own() == 'A'
+            time.sleep(0.06)
+            a.stop()
+            a.start()
+        assert client.ask_own() == 'A'
+        assert 'failed: refused' not in proxy.log and 'is down' not in proxy.log
+
+
+def test_host_names_are_resolved_and_one_that_is_unknown_is_a_failure() -> None:
+    with PolicyServerStub(name='A') as a:
+        with ProxyProcess('-s', f'A=localhost:{a.port}:20', '-s', 'X=no.such.host.invalid:1:10') as proxy:
+            with proxy.client() as client:
+                assert client.ask_own() == 'A'
+            proxy.logged('[X] (no.such.host.invalid:1) is down: unreachable')
+
+
+def test_a_unix_server_with_a_full_backlog_costs_no_processor(tmp_path: object) -> None:
+    path = f'{tmp_path}/full'
+    full = socket.socket(socket.AF_UNIX)
+    full.bind(path)
+    full.listen(0)
+    fillers = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    for filler in fillers:
+        filler.setblocking(False)
+        try:
+            filler.connect(path)
+        except BlockingIOError:
+            pass
+    with stubs(echo) as (a,), ProxyProcess('-s', f'F=unix:{path}:1::1', '-s', a.service) as proxy:
+        cpu = proxy.cpu
+        with proxy.client() as client:
+            assert client.ask_own() == 'A'
+        assert proxy.cpu - cpu < 0.5
+    full.close()
+
+
+@pytest.mark.parametrize('size', [1, 500, 65536 - len(request(policy_context=''))])
+def test_requests_of_any_size_up_to_the_limit_are_passed_on(size: int) -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        message = request(policy_context='x' * size)
+        assert client.ask(message).endswith(' A')
+        assert a.requests == [message]
+
+
+def test_nothing_is_written_to_a_client_that_has_not_asked() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service, '--deadline=1') as proxy, proxy.client() as client:
+        client.sock.settimeout(2)
+        with pytest.raises(TimeoutError):
+            client.sock.recv(1)
+        assert client.ask_own() == 'A'
+        client.sock.settimeout(1)
+        with pytest.raises(TimeoutError):
+            client.sock.recv(1)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/net/if_inet6'), reason='no IPv6 here')
+def test_ipv6_on_both_sides() -> None:
+    listener = socket.socket(socket.AF_INET6)
+    listener.bind(('::1', 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            while sock.recv(65536):
+                sock.sendall(b'action=DUNNO six\n\n')
+
+    threading.Thread(target=serve, daemon=True).start()
+    with ProxyProcess('-s', f'A=[::1]:{port}', f'--listen=[::1]:{port + 1 if port < 65535 else 65000}') as proxy:
+        with socket.create_connection(('::1', port + 1 if port < 65535 else 65000), timeout=10) as sock:
+            sock.sendall(request())
+            assert sock.recv(100) == b'action=DUNNO six\n\n'
+        with PostfixClient(proxy.port) as client:
+            assert client.ask(request()) == 'DUNNO six'
