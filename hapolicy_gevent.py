@@ -114,6 +114,12 @@ RELEARN_FIRST, RELEARN_LAST = 60.0, 3600.0
 #: Messages whose service is remembered: twice this at most, ten minutes of a very busy site.
 MAX_INSTANCES = 20000
 
+#: Seconds without a request after which a client is closed at once when we drain. Another will ask again soon,
+#: and is closed with that answer: a request could cross the end of its connection.
+LINGER = 1.0
+#: Seconds a request waits for a service that grows, before it asks the next: one that is well grows in a few ms.
+PATIENCE = 0.1
+
 #: Connections the kernel holds for us: a `postfix reload` brings them all at once.
 BACKLOG = 1024
 #: Descriptors kept back for listeners, log, epoll, probes and resolving.
@@ -992,6 +998,8 @@ class Pool:
             connection = Connection(connect(self.service.address), self, serial)
         except OSError as error:
             raise connect_failure(error) from None
+        if self._tell.verbose:
+            self._tell(INFO, f"Connection established to '{self.service.name}' ({self.service.where})")
         self._open.add(connection)
         return connection
 
@@ -1214,13 +1222,15 @@ POLICY_REQUEST = b'smtpd_access_policy'
 class Client(Wire):
     """A Postfix connection: requests in, answers out, in order."""
 
-    __slots__ = ('_buffer', '_greenlet', 'closing', 'connection', 'ended', 'instance')
+    __slots__ = ('_buffer', '_greenlet', '_leaving', 'asked', 'closing', 'connection', 'ended', 'instance')
 
     def __init__(self, sock: socket.socket) -> None:
         self._buffer = RequestBuffer()
         self._greenlet = gevent.getcurrent()
         self.ended = False  # it will send nothing more; it may still read
-        self.closing = False  # we are draining
+        self.closing = False  # its next answer is its last
+        self._leaving = False  # it is closed now, if it has begun nothing
+        self.asked = time.monotonic()  # when its last request came
         self.instance = b''  # of the last request answered by a service,
         self.connection: Connection | None = None  # and by which connection
         super().__init__(sock)
@@ -1264,9 +1274,8 @@ class Client(Wire):
                 return request
             if buffer:
                 return self._rest_of_request(seconds)
-            if not self.closing:
-                self.wait()
-            if not self._receive() and self.closing:
+            self.wait()
+            if not self._receive() and self._leaving:
                 return None
 
     def _rest_of_request(self, seconds: float) -> bytes | None:
@@ -1295,10 +1304,11 @@ class Client(Wire):
             self.ended = True
             self.socket.shutdown(socket.SHUT_WR)
 
-    def drain(self) -> None:
-        """Close the connection at the next moment between two requests; now, if this is one."""
+    def drain(self, now: float) -> None:
+        """Close the connection with its next answer; now, if it is idle and none is expected soon."""
         self.closing = True
-        if self._waiter is not None and not self._buffer:
+        if self._waiter is not None and not self._buffer and now - self.asked > LINGER:
+            self._leaving = True
             self._hub.loop.run_callback(self._readable)
 
 
@@ -1350,18 +1360,23 @@ class Proxy:
 
     def _claim(self, instance: bytes, tried: Sequence[Service], deadline: float) -> tuple[Service, int] | None:
         """Return a service with a slot taken and its generation; None if there is none, or no time left."""
+        passed = list(tried)
         while True:
             now = time.monotonic()
-            service = self.balancer.choose(instance, tried, now)
+            service = self.balancer.choose(instance, passed, now)
             if now >= deadline:
                 return None
             if service is not None and service.in_flight < service.limit:
                 return service, service.begin(now)
-            # one that still grows is waited for alone, or its share would go to the others
-            candidates = self.balancer.full(tried) if service is None else [service]
-            if not candidates:
+            if service is not None:
+                # one that still grows is waited for alone for a moment, or its share would go to the others
+                passed.append(service)
+                slot = self.queue.wait([service], min(PATIENCE, deadline - now))
+            elif full := self.balancer.full(tried):
+                slot = self.queue.wait(full, deadline - now)
+                passed = list(tried)
+            else:
                 return None
-            slot = self.queue.wait(candidates, deadline - now)
             if slot is not None:
                 self.balancer.bind(instance, slot[0])
                 return slot
@@ -1434,24 +1449,26 @@ class Proxy:
             request = client.request(self._deadline)
             if request is None:
                 return
-            started = time.monotonic()
+            started = client.asked = time.monotonic()
             if log.verbose:
                 for line in request.splitlines()[:-1]:
                     log(INFO, f'Attribute: {printable(line)}')
             decision = self.decide(request, client)
             client.answer(decision.action, self._deadline)
+            if log.verbose:
+                log(INFO, f'Action: {printable(decision.action)}')
             if log.requests:
                 log(INFO, request_line(decision, request, time.monotonic() - started))
 
     def drain(self, seconds: float) -> bool:
         """Close every client between two requests; return False if some were left after so many seconds."""
         self.draining = True
-        for client in self.clients:
-            client.drain()
         give_up = time.monotonic() + seconds
         gevent.sleep(0.001)  # lets those begin that were accepted a moment ago
-        while self.clients and time.monotonic() < give_up:
-            gevent.sleep(0.005)
+        while self.clients and (now := time.monotonic()) < give_up:
+            for client in self.clients:
+                client.drain(now)
+            gevent.sleep(0.01)
         return not self.clients
 
     # -- health

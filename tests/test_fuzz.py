@@ -1,0 +1,69 @@
+"""Mutated bytes, 100,000 of each kind: no exception but the documented one, and the process serves the next client."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+
+from hapolicy_gevent import InvalidAnswer, RequestBuffer, RequestTooLong, attribute, parse_answer, printable
+from tests.support import HangUp, Peer, ProxyProcess, in_threads, request, stubs
+
+ROUNDS = 100_000
+CUTS = [b'\n', b'\n\n', b'\r\n', b'\0', b'=', b'action=', b'\naction=', b'request=', b'550', b'\xff\xfe', b' ', b'']
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """Return the bytes with a few places replaced, inserted or cut out."""
+    for _ in range(chance.randint(0, 4)):
+        at = chance.randrange(len(data) + 1)
+        data = data[:at] + chance.choice(CUTS) + data[at + chance.randint(0, 3) :]
+    return data
+
+
+def test_the_protocol_code_under_mutated_bytes() -> None:
+    chance = random.Random(7)
+    whole = request(instance='i1', sender='a=b')
+    buffer = RequestBuffer()
+    for _ in range(ROUNDS):
+        with contextlib.suppress(InvalidAnswer):
+            parse_answer(mutated(b'foo=bar\naction=DUNNO i1\n\n', chance), chance.random() < 0.5)
+        buffer.feed(mutated(whole, chance))
+        try:
+            while (one := buffer.take() if buffer else None) is not None:
+                assert one.endswith(b'\n')
+                printable(attribute(one, b'sender') + attribute(one, b'request'))
+        except RequestTooLong:
+            buffer = RequestBuffer()
+
+
+def test_a_live_process_under_mutated_requests_and_answers() -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        reply = mutated(b'action=DUNNO fuzz\n\n', random.Random(message))
+        peer.send(reply)
+        if not reply.endswith(b'\n\n'):
+            raise HangUp  # it is the bytes that count, not the waiting
+
+    with stubs(behave, behave) as (a, b):
+        services = [a.service + ':::0.05', b.service + ':::0.05']
+        with ProxyProcess('-s', services[0], '-s', services[1], '--fall=1000') as proxy:
+
+            def work(i: int) -> int:
+                chance = random.Random(i)
+                done = 0
+                while done < ROUNDS // 16:
+                    with contextlib.suppress(OSError), proxy.client() as client:
+                        client.sock.settimeout(5)
+                        for _ in range(100):
+                            each = [mutated(request(instance=str(chance.random())), chance) for _ in range(25)]
+                            client.send(b''.join(each))
+                            done += 25
+                        client.sock.shutdown(socket.SHUT_WR)
+                        while client.sock.recv(65536):
+                            pass
+                return done
+
+            assert sum(in_threads(16, work)) >= ROUNDS - 16  # type: ignore[call-overload]
+            a.behaviour = b.behaviour = lambda peer, message: peer.send(b'action=DUNNO well\n\n')
+            with proxy.client() as client:
+                assert client.ask(request()) == 'DUNNO well'

@@ -1,0 +1,165 @@
+"""Log lines and where they go: syslog found again, never waited for; control characters escaped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hapolicy_gevent import Decision, Service, Statistics, SyslogSink, parse_service, printable, request_line
+from tests.support import MODULE, PostfixClient, ProxyProcess, echo, free_port, request, stubs, wait_until
+
+LINE = re.compile(
+    r"\[A\] \(127\.0\.0\.1:\d+\), prio: 10, weight: 1, queries: \d+, answers: \d+, failed: 0, delay: \d\.\d{3}s, "
+    r"client: mail\.example\.net\[192\.0\.2\.7\], helo: <mail\.example\.net>, from: <alice@example\.net>, "
+    r"to: <bob@example\.org>, action: 'DUNNO i1 A', instance: i1, tries: 1, why: ok$"
+)
+
+
+def service() -> Service:
+    return parse_service('A=127.0.0.1:10031')
+
+
+def test_a_request_line_has_the_ancestors_fields_in_its_order_and_ours() -> None:
+    line = request_line(Decision(b'DUNNO i1 A', service(), 1, 'ok'), request(instance='i1'), 0.0031)
+    assert LINE.match(line), line
+    assert 'delay: 0.003s' in line
+
+
+def test_a_request_line_without_a_service() -> None:
+    line = request_line(Decision(b'dunno', None, 0, 'default, no service is up'), request(), 0)
+    assert line.startswith('[-] (-), prio: -, weight: -, queries: -, answers: -, failed: -, delay: 0.000s, client: ')
+    assert line.endswith("action: 'dunno', instance: , tries: 0, why: default, no service is up")
+
+
+@pytest.mark.parametrize(
+    ('value', 'text'),
+    [
+        (b'plain', 'plain'),
+        ('caf\u00e9'.encode(), 'caf\u00e9'),
+        (b'caf\xe9', 'caf\\xe9'),
+        (b'a\nb\r\tc\x1b\x7f\0', 'a\\nb\\r\\tc\\x1b\\x7f\\x00'),
+        ('\u202e\u2028'.encode(), '\\u202e\\u2028'),
+    ],
+)
+def test_whatever_bytes_come_the_log_is_one_readable_line(value: bytes, text: str) -> None:
+    assert printable(value) == text
+
+
+def test_statistics_read_as_a_line() -> None:
+    assert str(Statistics()) == 'requests: 0, answers: 0, redispatches: 0, retries: 0, clients: 0, defaults: 0'
+
+
+@contextlib.contextmanager
+def daemon(path: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(path)
+        sock.settimeout(5)
+        try:
+            yield sock
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def test_syslog_gets_facility_mail_and_our_ident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
+    with daemon(str(tmp_path / 'log')) as log:
+        assert SyslogSink(None).write(4, 'caf\u00e9')
+        line = log.recv(1000).decode()
+        stamp = r'[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d'
+        assert re.match(rf'<20>{stamp} hapolicy\[{os.getpid()}\]: caf\u00e9$', line), line
+
+
+def test_a_syslog_daemon_that_restarts_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
+    sink = SyslogSink(None)
+    with daemon(str(tmp_path / 'log')) as log:
+        assert sink.write(6, 'one')
+        assert log.recv(1000).endswith(b'one')
+    assert not sink.write(6, 'lost')
+    with daemon(str(tmp_path / 'log')) as log:
+        wait_until(lambda: sink.write(6, 'two'), 5)
+        assert log.recv(1000).endswith(b'two')
+    with daemon(str(tmp_path / 'log')) as log:  # restarted between two lines: nothing is lost
+        assert sink.write(6, 'three')
+        assert log.recv(1000).endswith(b'three')
+
+
+@pytest.fixture
+def dev_log() -> Iterator[socket.socket]:
+    if os.path.exists('/dev/log'):
+        pytest.skip('a syslog daemon runs here')
+    with daemon('/dev/log') as sock:
+        os.chmod('/dev/log', 0o666)
+        yield sock
+
+
+def serve(*arguments: str, stderr: int | None = None) -> tuple[subprocess.Popen[bytes], int]:
+    port = free_port()
+    command = [sys.executable, str(MODULE), f'--listen=127.0.0.1:{port}', *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+    wait_until(lambda: socket.socket().connect_ex(('127.0.0.1', port)) == 0)
+    return process, port
+
+
+@pytest.mark.needs_root
+def test_the_server_logs_to_dev_log_and_a_hung_daemon_delays_nobody(dev_log: socket.socket) -> None:
+    with stubs(echo) as (a,):
+        process, port = serve('-l', '-s', a.service)
+        try:
+            with PostfixClient(port) as client:
+                assert client.ask(request(instance='i1')) == 'DUNNO i1 A'
+                lines = [dev_log.recv(10000).decode() for _ in range(2)]
+                assert 'serves up to' in lines[0]
+                assert LINE.search(lines[1]), lines
+                # from here nobody reads: the kernel takes a few, the queue 10,000, the rest is dropped
+                started = time.monotonic()
+                for _ in range(2000):
+                    assert client.ask_own() == 'A'
+                assert time.monotonic() - started < 30
+            process.terminate()
+            assert process.wait(15) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_without_syslog_the_server_logs_to_stderr() -> None:
+    if os.path.exists('/dev/log'):
+        pytest.skip('a syslog daemon runs here')
+    with stubs(echo) as (a,):
+        process, port = serve('-l', '-s', a.service, stderr=subprocess.PIPE)
+        with PostfixClient(port) as client:
+            client.ask(request(instance='i1'))
+        process.terminate()
+        _, said = process.communicate(timeout=15)
+        assert re.search(r'\[LOG info\]: \[A\] \(', said.decode()), said
+
+
+def test_verbose_tells_the_way_of_a_request() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-v', '-s', a.service) as proxy, proxy.client() as client:
+        client.ask(request(instance='i1'))
+        for text in (
+            "Opening socket to 'A'",
+            "Connection established to 'A'",
+            'Attribute: sender=alice@example.net',
+            "Answer from 'A' -> 'DUNNO i1 A'",
+            'Action: DUNNO i1 A',
+        ):
+            proxy.logged(text)
+
+
+def test_a_log_line_cannot_be_forged_by_a_client() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        client.ask(request(sender='x\r[LOG warning]: forged\x1b[31m', instance='i1'))
+        proxy.logged('i1')
+        assert '\r' not in proxy.log and '\x1b' not in proxy.log and '\n[LOG warning]: forged' not in proxy.log
