@@ -120,8 +120,8 @@ class Spawned:
         self.socket.settimeout(20)
         with theirs:
             self.process = subprocess.Popen(
-                [python, str(MODULE), *arguments], stdin=theirs, stdout=theirs, stderr=theirs,
-                env={'PATH': '/usr/bin:/bin', 'LANG': 'C'}, cwd='/',
+                [python, str(MODULE), *arguments], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=theirs.fileno(),
+                env={'PATH': '/usr/bin:/bin', 'LANG': 'C'},
             )  # fmt: skip
 
     def ask(self, message: bytes) -> bytes:

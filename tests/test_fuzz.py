@@ -48,7 +48,7 @@ def test_a_live_process_under_mutated_requests_and_answers() -> None:
         services = [a.service + ':::0.05', b.service + ':::0.05']
         with ProxyProcess('-s', services[0], '-s', services[1], '--fall=1000') as proxy:
 
-            def work(i: int) -> int:
+            def work(i: int) -> None:
                 chance = random.Random(i)
                 done = 0
                 while done < ROUNDS // 16:
@@ -61,9 +61,8 @@ def test_a_live_process_under_mutated_requests_and_answers() -> None:
                         client.sock.shutdown(socket.SHUT_WR)
                         while client.sock.recv(65536):
                             pass
-                return done
 
-            assert sum(in_threads(16, work)) >= ROUNDS - 16  # type: ignore[call-overload]
+            assert len(in_threads(16, work)) == 16
             a.behaviour = b.behaviour = lambda peer, message: peer.send(b'action=DUNNO well\n\n')
             with proxy.client() as client:
                 assert client.ask(request()) == 'DUNNO well'
