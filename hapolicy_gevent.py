@@ -122,7 +122,7 @@ PATIENCE = 0.1
 #: Connections the kernel holds for us: a `postfix reload` brings them all at once.
 BACKLOG = 1024
 #: Descriptors kept back for listeners, log, epoll, probes and resolving.
-RESERVED_DESCRIPTORS = 32
+RESERVED_DESCRIPTORS = 16
 #: Log lines waiting for the log daemon; more are dropped and counted.
 MAX_LOG_LINES = 10000
 #: Bytes of one log line; longer ones are cut, as rsyslog does at 8 kB.
@@ -1724,17 +1724,19 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), '\0' + path[1:] if path.startswith('@') else path)
 
 
-def client_limit(asked: int | None, services: Sequence[Service]) -> int:
+def client_limit(asked: int | None, services: Sequence[Service], log: Log) -> int:
     """Raise the soft descriptor limit to the hard one; return how many clients to serve at once.
 
-    Every service may need its max of connections: the rest is for clients, and half at least.
+    Every service may need its max of connections: the rest is for clients, and half at least. More
+    than that is never allowed: a client that is accepted could not be answered.
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if asked is not None:
-        return asked
     room = (hard if hard != resource.RLIM_INFINITY else 10**6) - RESERVED_DESCRIPTORS
-    return max(1, room - sum(service.max for service in services), room // 2)
+    carried = max(1, room - sum(service.max for service in services), room // 2)
+    if asked is not None and asked > carried:
+        log(WARNING, f"--max-clients '{asked}' is more than the descriptor limit of {hard} carries: {carried} it is")
+    return min(asked or carried, carried)
 
 
 def is_client_socket() -> bool:
@@ -1808,11 +1810,11 @@ def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop
         def full(self) -> bool:
             full = bool(super().full())
             if full and time.monotonic() > self.told:
-                self.told = time.monotonic() + 60
+                self.told = time.monotonic() + 10
                 log(WARNING, f'{self.size} clients are served, the most allowed: more wait in the backlog')
             return full
 
-    limit = client_limit(options.max_clients, options.services)
+    limit = client_limit(options.max_clients, options.services, log)
     greenlets = Greenlets(limit)
     servers = [StreamServer(listener, proxy.handle, spawn=greenlets) for listener in listeners]
     for server in servers:
