@@ -62,6 +62,7 @@ import errno
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import stat
@@ -112,6 +113,8 @@ PROBE_FIRST, PROBE_LAST = 1.0, 30.0
 RELEARN_FIRST, RELEARN_LAST = 60.0, 3600.0
 #: Messages whose service is remembered: twice this at most, ten minutes of a very busy site.
 MAX_INSTANCES = 20000
+#: Bytes of an instance that is remembered; Postfix's have about 30.
+MAX_INSTANCE = 128
 
 #: Seconds without a request after which a client is closed at once when we drain. Another will ask again soon,
 #: and is closed with that answer: a request could cross the end of its connection.
@@ -156,20 +159,20 @@ class RequestTooLong(ProtocolError):
     """The client's: MAX_MESSAGE bytes without the end of a request."""
 
 
-class RequestTooSlow(ProtocolError):
-    """The client's: a request begun and not finished in time."""
-
-
-class AnswerNotTaken(ProtocolError):
-    """The client's: it does not read its answer."""
-
-
 class InvalidAnswer(ProtocolError):
     """The service's: an answer that Postfix would misread, or none."""
 
 
-class ClientGone(HapolicyError):
-    """The client's: it reset its connection while its request was under way."""
+class SurplusBytes(InvalidAnswer):
+    """The service's: more than one answer."""
+
+
+class ClientFault(HapolicyError):
+    """The client's: its connection is closed; `reason` is one of CLIENT_FAULTS."""
+
+    def __init__(self, reason: str, text: str = '') -> None:
+        super().__init__(f'{reason} {text}')
+        self.reason = reason
 
 
 class StaleConnection(HapolicyError):
@@ -294,7 +297,7 @@ def parse_answer(data: bytes, closed: bool = False) -> bytes | None:
         return usual[1]
     end = end_of_message(data)
     if 0 < end < len(data):
-        raise InvalidAnswer('bytes after the end of the answer')
+        raise SurplusBytes('bytes after the end of the answer')
     if not end and not closed:
         return None
     for line in data[: data.rfind(b'\n') + 1].split(b'\n'):
@@ -312,12 +315,12 @@ def parse_answer(data: bytes, closed: bool = False) -> bytes | None:
 #: Why a query failed. The first two take a service down at once, the next three after --fall in a row,
 #: the rest are not the service's fault.
 REFUSED, UNREACHABLE, LATE, INVALID, DROPPED = 'refused', 'unreachable', 'timeout', 'invalid', 'dropped'
-STARVED, DEADLINE, DESCRIPTORS = 'starved', 'deadline', 'descriptors'
-FAILURES = (REFUSED, UNREACHABLE, LATE, INVALID, DROPPED, STARVED, DEADLINE, DESCRIPTORS)
+STARVED, DEADLINE, DESCRIPTORS, INTERNAL = 'starved', 'deadline', 'descriptors', 'internal'
+FAILURES = (REFUSED, UNREACHABLE, LATE, INVALID, DROPPED, STARVED, DEADLINE, DESCRIPTORS, INTERNAL)
 
 UP, TRIAL, DOWN = 'up', 'trial', 'down'
 
-HOST_NAME = re.compile(r'(?!-)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?')
+HOST_NAME = re.compile(r'(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?')
 
 
 class Address(NamedTuple):
@@ -349,12 +352,10 @@ def parse_seconds(text: str, what: str) -> float:
 
 def parse_host(host: str, bracketed: bool) -> int:
     """Return the family of a host as written. Raises UsageError."""
-    for family in (socket.AF_INET6,) if bracketed else (socket.AF_INET,):
-        try:
-            socket.inet_pton(family, host.partition('%')[0] if bracketed else host)
-            return family
-        except (OSError, ValueError):
-            pass
+    family = socket.AF_INET6 if bracketed else socket.AF_INET
+    with contextlib.suppress(OSError, ValueError):
+        socket.inet_pton(family, re.sub(r'%[A-Za-z0-9._-]+$', '', host))
+        return family
     if bracketed or not HOST_NAME.fullmatch(host) or re.fullmatch(r'[0-9.]+', host) or len(host) > 253:
         raise UsageError(f"address '{host}' is not an IPv4 address, [IPv6] address, host name or unix:/path")
     return socket.AF_UNSPEC
@@ -392,12 +393,12 @@ class Service:
         self.name, self.address, self.prio, self.weight = name, address, prio, weight
         self.timeout, self.max = timeout, maximum
         self.where = str(address)
-        self.state, self.since, self.why = UP, 0.0, 'started'
+        self.state, self.since = UP, 0.0
         self.generation = 0
         self.credit = 0  # of the smooth weighted round robin
         self.in_flight = self.waiting = 0
         self.proven = 0  # requests at once that were seen to be served
-        self.learned = maximum  # what it seems to serve at most
+        self.learned, self.starved = maximum, 0  # what it seems to serve at most, and how often that was seen
         self.raise_at = self.raise_wait = 0.0
         self.cap, self.limit = maximum, 1
         self.quiet_since = 0.0  # last answer, or when the first of those in flight was sent
@@ -436,11 +437,16 @@ class Service:
         if generation == self.generation:
             self.in_flight -= 1
 
-    def prove(self, generation: int) -> None:
-        """Note that a new connection was served beside the ones in flight."""
-        if generation == self.generation and self.in_flight > self.proven:
+    def prove(self, generation: int, served: int) -> None:
+        """Note that a new connection was answered, one of `served` that are open and were."""
+        if generation == self.generation and max(self.in_flight, served) > self.proven:
             self.proven += 1
             self.resize()
+
+    def widen(self) -> None:
+        """Grow although nothing more is proven: requests have waited for long, it answers but slowly."""
+        self.proven = max(1, 2 * self.proven)
+        self.resize()
 
     def answered(self, generation: int, now: float) -> str:
         """Note an answer; return what to log of a change of state, '' without one."""
@@ -454,7 +460,7 @@ class Service:
     def fail(self, reason: str, instance: bytes, generation: int, now: float) -> str:
         """Note a failed query; return what to log of a change of state, '' without one."""
         self.failures[reason] += 1
-        if generation != self.generation or reason in (STARVED, DEADLINE, DESCRIPTORS):
+        if generation != self.generation or reason in (STARVED, DEADLINE, DESCRIPTORS, INTERNAL):
             return ''
         if reason in (INVALID, DROPPED) and instance and self.fails and instance == self.failed_instance:
             return ''  # one poisonous message, asked about again: no news of the service
@@ -489,7 +495,7 @@ class Service:
 
     def _turn(self, state: str, why: str, now: float) -> str:
         lasted = f' (was {self.state} for {now - self.since:.1f}s)' if self.since else ''
-        self.state, self.since, self.why = state, now, why
+        self.state, self.since = state, now
         if state is UP:
             self.fails = 0
         self.resize()
@@ -499,10 +505,14 @@ class Service:
         """Note that a connection found no worker while `served` others were answered; return what to log.
 
         A prefork server serves as many connections as it has children; one more is accepted by the
-        kernel and never read. Asking it less is the cure, not taking it down.
+        kernel and never read. Asking it less is the cure, not taking it down. Once may be a slow request;
+        the second time is believed.
         """
+        self.starved += 1
+        if self.starved < 2:
+            return ''
         told = self.learned
-        self.learned = max(1, min(self.learned, max(served, self.in_flight // 2)))
+        self.learned = max(1, min(self.learned, max(served, self.proven)))
         self.raise_wait = min(RELEARN_LAST, self.raise_wait * 2) if self.raise_wait else RELEARN_FIRST
         self.raise_at = now + self.raise_wait
         self.resize()
@@ -598,15 +608,15 @@ class Balancer:
 
     def bind(self, instance: bytes, service: Service) -> None:
         """Remember the service of a message, whose other requests are to go there."""
-        if not instance:
+        if not 0 < len(instance) <= MAX_INSTANCE:
             return
         if len(self._young) >= MAX_INSTANCES:
             self._old, self._young = self._young, {}
         self._young[instance] = service
 
-    def full(self, tried: Sequence[Service]) -> list[Service]:
-        """Return the services worth waiting for: up, and not yet tried."""
-        return [service for service in self.services if service.state is UP and service not in tried]
+    def others(self, tried: Sequence[Service]) -> bool:
+        """Tell whether a service is worth waiting for: up, and not yet tried."""
+        return any(service.state is UP and service not in tried for service in self.services)
 
     def changed(self, service: Service) -> None:
         """Let the shares of a service's group start anew: one of it came or went."""
@@ -631,6 +641,7 @@ COUNTERS = (
 NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY = 'no service is up', 'all services failed', 'deadline', 'not a request'
 TOO_LONG, TOO_SLOW, CUT_OFF = 'request too long', 'request too slow', 'left in mid-request'
 NOT_TAKEN, RESET = 'answer not taken', 'reset by the client'
+CLIENT_FAULTS = (TOO_LONG, TOO_SLOW, CUT_OFF, NOT_TAKEN, RESET)
 
 WARNING, NOTICE, INFO = 4, 5, 6
 LEVELS = {WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
@@ -644,7 +655,7 @@ class Statistics:
 
     def __init__(self) -> None:
         self.defaults = dict.fromkeys((NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY), 0)
-        self.refused = dict.fromkeys((TOO_LONG, TOO_SLOW, CUT_OFF, NOT_TAKEN, RESET), 0)
+        self.refused = dict.fromkeys(CLIENT_FAULTS, 0)
 
     def __str__(self) -> str:
         counted = [f'{name}: {getattr(self, name)}' for name, _ in COUNTERS]
@@ -717,9 +728,9 @@ class SyslogSink:
         if time.monotonic() < self._connect_at:
             return False
         self._connect_at = time.monotonic() + 1
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.settimeout(1)  # a daemon that hangs: one line a second is given up
         try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.settimeout(1)  # a daemon that hangs: one line a second is given up
             self._socket.connect(self.PATH)
         except OSError:
             self._close()
@@ -732,7 +743,7 @@ class SyslogSink:
             self._socket = None
 
     def _send(self, line: bytes) -> bool:
-        for _ in range(2):  # the second time to a daemon that restarted
+        for again in (True, False):  # the second time to a daemon that restarted
             if self._socket is None and not self._connect():
                 return False
             assert self._socket is not None
@@ -742,7 +753,8 @@ class SyslogSink:
                 return False
             except OSError:
                 self._close()
-                self._connect_at = 0.0 if _ == 0 else self._connect_at
+                if again:
+                    self._connect_at = 0.0
         return False
 
     def write(self, level: int, text: str) -> bool:
@@ -779,8 +791,10 @@ class Log:
         while True:
             self._more.wait()
             while self._lines:
-                if not self._sink.write(*self._lines[0]):
-                    self.lost += 1
+                written = False
+                with contextlib.suppress(Exception):  # of a thread that cannot be had, say: the log goes on
+                    written = self._sink.write(*self._lines[0])
+                self.lost += not written
                 self._lines.popleft()
             self._more.clear()
             if self.lost > self._lost_told:
@@ -809,17 +823,18 @@ class Wire:
 
     __slots__ = ('_hub', '_recv', '_send', '_waiter', '_watcher', 'socket')
 
-    def __init__(self, sock: socket.socket, priority: int) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that died sends no end
         self.socket = sock
         # of the plain socket inside gevent's: what never has to wait saves 0.3 us a call
         plain: Any = getattr(sock, '_sock', sock)
         self._recv, self._send = plain.recv, plain.send
         self._hub = gevent.get_hub()
         self._waiter: greenlet | None = None
-        self._watcher: Any = self._hub.loop.io(sock.fileno(), READ, priority=priority)
+        self._watcher: Any = self._hub.loop.io(sock.fileno(), READ)
         self._watcher.start(self._readable)
 
     def _readable(self) -> None:
@@ -878,24 +893,19 @@ def connect(address: Address) -> socket.socket:
     """Return a socket connected to a service, names resolved anew each time. Raises OSError."""
     if address.family == socket.AF_UNIX:
         return _connect_unix(address.host)
-    places: list[tuple[Any, Any]] = [(address.family, (address.host, address.port))]
     if address.family == socket.AF_UNSPEC or '%' in address.host:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        places = [(family, place) for family, _, _, _, place in found]
-    for last, (family, place) in enumerate(places, 1 - len(places)):
-        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(CONNECT_TIMEOUT)
-            sock.connect(place)
-            return sock
-        except OSError:
-            sock.close()
-            if last == 0:
-                raise
-        except BaseException:
-            sock.close()
-            raise
-    raise OSError(errno.EHOSTUNREACH, 'no address')
+            return socket.create_connection((address.host, address.port), CONNECT_TIMEOUT)
+        except UnicodeError as error:  # of the idna codec
+            raise OSError(errno.EHOSTUNREACH, str(error)) from None
+    sock = socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(CONNECT_TIMEOUT)
+        sock.connect((address.host, address.port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _connect_unix(path: str) -> socket.socket:
@@ -930,16 +940,24 @@ def connect_failure(error: OSError) -> ServiceFailure:
 class Connection(Wire):
     """A connection to a service: one query at a time, or idle in its pool."""
 
-    __slots__ = ('answers', 'busy', 'ended', 'idle_since', 'opened', 'pool', 'serial')
+    __slots__ = ('_poll', 'answers', 'busy', 'ended', 'idle_since', 'opened', 'pool', 'serial')
 
     def __init__(self, sock: socket.socket, pool: Pool, serial: int) -> None:
-        # before clients: what a poll of the loop finds on an idle connection ends it before a request can take it
-        super().__init__(sock, priority=1)
+        super().__init__(sock)
         self.pool, self.serial = pool, serial
         self.answers = 0
         self.busy = True
         self.ended = False  # by the server
         self.opened = self.idle_since = time.monotonic()
+        self._poll = select.poll()
+        self._poll.register(sock.fileno(), select.POLLIN)
+
+    def quiet(self) -> bool:
+        """Tell whether there is nothing to receive; an idle connection that is readable is dead.
+
+        Asks the kernel (0.6 us): a connection may be taken again before the loop has polled.
+        """
+        return not self._poll.poll(0)
 
     def unexpected(self) -> None:
         if self.busy:
@@ -964,6 +982,8 @@ class Connection(Wire):
                     if action is not None:
                         return action
         except InvalidAnswer as error:
+            if isinstance(error, SurplusBytes):
+                self.pool.distrust(str(error))  # the next time the two answers may come apart
             raise ServiceFailure(INVALID, str(error)) from None
         except OSError:
             pass  # ended by a reset: as good as closed
@@ -1009,7 +1029,6 @@ class Pool:
         self._open: set[Connection] = set()
         self._serial = self._newest_served = 0
         self._timers: list[QueryTimeout] = []
-        self._settling: dict[Connection, int] = {}
         self._settled = False  # SETTLE has shown that the service answers once
         self._lying = False  # it sent what nobody asked for: no connection is used twice
 
@@ -1029,30 +1048,32 @@ class Pool:
         return connection
 
     def _take(self, preferred: Connection | None) -> Connection | None:
-        """Return an idle connection, the preferred one if it is idle here."""
-        if not self.idle:
-            return None
-        if preferred is not None and preferred in self.idle:
-            self.idle.remove(preferred)
-            connection = preferred
-        else:
-            connection = self.idle.pop()
-        connection.busy = True
-        return connection
+        """Return an idle connection that is quiet, the preferred one if it is idle here."""
+        if self.idle and not self._settled:
+            gevent.sleep(self.idle[-1].idle_since + SETTLE - time.monotonic())
+            self._settled = True
+        while self.idle:
+            if preferred is not None and preferred in self.idle:
+                self.idle.remove(preferred)
+                connection = preferred
+            else:
+                connection = self.idle.pop()
+            if connection.quiet():
+                connection.busy = True
+                return connection
+            self.spoiled(connection)
+        return None
 
-    def ask(self, request: bytes, preferred: Connection | None, remaining: float) -> tuple[bytes, Connection]:
+    def ask(self, request: bytes, preferred: Connection | None, seconds: float, fair: bool) -> tuple[bytes, Connection]:
         """Return the action for a request, and the connection it came by, to be released.
 
-        All of it within the service's timeout and the `remaining` seconds. Raises ServiceFailure.
+        All of it within so many seconds, enough to be `fair` to the service or not. Raises ServiceFailure.
         """
         service = self.service
         service.queries += 1
         answers_before = service.answers
-        whole = remaining >= service.timeout
-        if whole and self._timers:
-            timer = self._timers.pop()
-        else:
-            timer = QueryTimeout(max(0.001, min(remaining, service.timeout)))
+        whole = seconds == service.timeout
+        timer = self._timers.pop() if whole and self._timers else QueryTimeout(seconds)
         connection: Connection | None = None
         answered = False
         timer.start()
@@ -1071,7 +1092,7 @@ class Pool:
         except gevent.Timeout as caught:
             if caught is not timer:
                 raise
-            raise self._late(connection, answers_before, whole) from None
+            raise self._late(connection, answers_before, seconds, fair) from None
         finally:
             timer.cancel()
             if whole:
@@ -1081,55 +1102,41 @@ class Pool:
             if connection is not None and not answered:
                 self.discard(connection)
 
-    def _late(self, connection: Connection | None, answers_before: int, whole: bool) -> ServiceFailure:
+    def _late(self, connection: Connection | None, answers_before: int, seconds: float, fair: bool) -> ServiceFailure:
         """Return what a time out says: of the service, of our deadline, or of a missing worker.
 
         The kernel hands connections to a server in the order they came: one that never had an
         answer, while older ones had and no younger one, has found no worker.
         """
         service = self.service
-        if not whole:
-            return ServiceFailure(DEADLINE, 'no time left')
+        if not fair:
+            return ServiceFailure(DEADLINE, f'no answer within the {seconds:.3g}s left')
         if (connection is not None and not connection.answers and service.answers > answers_before
                 and connection.serial > self._newest_served):  # fmt: skip
-            advice = service.starve(sum(1 for other in self._open if other.answers), time.monotonic())
+            advice = service.starve(self._served(), time.monotonic())
             if advice:
                 self._tell(WARNING, advice)
-            return ServiceFailure(STARVED, f'no worker took the connection within {service.timeout:g}s')
-        return ServiceFailure(LATE, f'no answer within {service.timeout:g}s')
+            return ServiceFailure(STARVED, f'no worker took the connection within {seconds:.3g}s')
+        return ServiceFailure(LATE, f'no answer within {seconds:.3g}s')
 
     def release(self, connection: Connection, generation: int, reuse: bool, now: float) -> None:
         """Take back a connection whose query was answered, and its slot. Not to be reused: close it."""
         connection.answers += 1
         if connection.answers == 1:
             self._newest_served = max(self._newest_served, connection.serial)
-            if self._settled or connection.ended:
-                self.service.prove(generation)
-        if connection.ended and not self._lying:
-            self._settled = True  # what has closed cannot answer again
-        if not reuse or connection.ended or self._lying or now - connection.opened > MAX_AGE:
+            self.service.prove(generation, self._served())
+        # one from before the service went down says nothing of its room now
+        old = generation != self.service.generation or now - connection.opened > MAX_AGE
+        if not reuse or connection.ended or self._lying or old:
             self.discard(connection)
         else:
             connection.busy = False
             connection.idle_since = now
-            if not self._settled:
-                # the slot is kept, too: nobody else asks this service until then
-                self._settling[connection] = generation
-                gevent.spawn_later(SETTLE, self._settle, connection)
-                return
             self.idle.append(connection)
         self._queue.free(self.service, generation)
 
-    def _settle(self, connection: Connection) -> None:
-        """End the wait of the first connection: it stayed quiet, or it ended."""
-        generation = self._settling.pop(connection, None)
-        if generation is None:
-            return
-        if connection in self._open:
-            self.idle.append(connection)
-        self._settled = True
-        self.service.prove(generation)
-        self._queue.free(self.service, generation)
+    def _served(self) -> int:
+        return sum(1 for connection in self._open if connection.answers)
 
     def spoiled(self, connection: Connection) -> None:
         """Close a connection that became readable while nobody had asked anything."""
@@ -1138,12 +1145,16 @@ class Pool:
         except OSError:
             surplus = b''
         self.discard(connection)
-        if surplus and not self._lying:
+        if surplus:
+            self.distrust(f'{len(surplus)} bytes that nobody asked for')
+
+    def distrust(self, sent: str) -> None:
+        """Use each connection of a service once that sends more than answers, until it went down and came back."""
+        if not self._lying:
             self._lying = True
             self.purge()
-            self._tell(WARNING, f'[{self.service.name}] ({self.service.where}) sent {len(surplus)} bytes that'
-                       ' nobody asked for: from now on each of its connections is used once')  # fmt: skip
-        self._settle(connection)
+            self._tell(WARNING, f'[{self.service.name}] ({self.service.where}) sent {sent}:'
+                       ' from now on each of its connections is used once')  # fmt: skip
 
     def discard(self, connection: Connection) -> None:
         """Close a connection wherever it stands."""
@@ -1152,6 +1163,11 @@ class Pool:
             if connection in self.idle:
                 self.idle.remove(connection)
             connection.close()
+
+    def forget(self) -> None:
+        """Start anew: the service went down, and may come back mended."""
+        self.purge()
+        self._lying = self._settled = False
 
     def purge(self) -> None:
         """Close all that are idle."""
@@ -1168,11 +1184,16 @@ class Pool:
 
 
 class Waiter:
-    """A request that waits for a slot of one of `services`; it is handed the slot, or told to choose again."""
+    """A request that waits for a slot, of `only` or of any service but those tried."""
 
-    def __init__(self, services: Sequence[Service]) -> None:
-        self.services = services
+    def __init__(self, only: Service | None, tried: Sequence[Service]) -> None:
+        self._only, self._tried = only, tried
+        self.since = time.monotonic()
         self.handed: gevent.event.AsyncResult[Slot | None] = gevent.event.AsyncResult()
+
+    def takes(self, service: Service) -> bool:
+        """Tell whether it waits for this service."""
+        return service is self._only if self._only is not None else service not in self._tried
 
 
 class Queue:
@@ -1185,10 +1206,16 @@ class Queue:
     def __len__(self) -> int:
         return len(self._waiters)
 
-    def wait(self, services: Sequence[Service], seconds: float) -> Slot | None:
-        """Return a service and the generation of its slot; None to choose again, or after so many seconds."""
-        waiter = Waiter(services)
-        self._enter(waiter)
+    def waited(self) -> float:
+        """Return for how many seconds the first has waited."""
+        return time.monotonic() - self._waiters[0].since if self._waiters else 0.0
+
+    def wait(self, only: Service | None, tried: Sequence[Service], seconds: float) -> Slot | None:
+        """Return a slot; None when it is time to choose again, or after so many seconds."""
+        waiter = Waiter(only, tried)
+        self._waiters.append(waiter)
+        if only is not None:
+            only.waiting += 1
         try:
             handed: Slot | None = waiter.handed.wait(max(seconds, 0))
         except BaseException:
@@ -1196,19 +1223,11 @@ class Queue:
                 self.free(*waiter.handed.value)
             raise
         finally:
+            if only is not None:
+                only.waiting -= 1
             if waiter in self._waiters:
-                self._leave(waiter)
+                self._waiters.remove(waiter)
         return handed
-
-    def _enter(self, waiter: Waiter) -> None:
-        self._waiters.append(waiter)
-        if len(waiter.services) == 1:
-            waiter.services[0].waiting += 1
-
-    def _leave(self, waiter: Waiter) -> None:
-        self._waiters.remove(waiter)
-        if len(waiter.services) == 1:
-            waiter.services[0].waiting -= 1
 
     def free(self, service: Service, generation: int) -> None:
         """Give a slot back and hand it on."""
@@ -1221,15 +1240,15 @@ class Queue:
         for waiter in list(self._waiters):
             if service.in_flight >= service.limit:
                 return
-            if service in waiter.services:
-                self._leave(waiter)
+            if waiter.takes(service):
+                self._waiters.remove(waiter)
                 waiter.handed.set((service, service.begin(time.monotonic())))
 
     def recall(self, service: Service) -> None:
         """Let all who wait for this service choose again: it went down, or stalled."""
         for waiter in list(self._waiters):
-            if service in waiter.services:
-                self._leave(waiter)
+            if waiter.takes(service):
+                self._waiters.remove(waiter)
                 waiter.handed.set(None)
 
 
@@ -1251,12 +1270,7 @@ class Client(Wire):
         self.asked = time.monotonic()  # when its last request came
         self.instance = b''  # of the last request answered by a service,
         self.connection: Connection | None = None  # and by which connection
-        super().__init__(sock, priority=0)
-
-    @property
-    def pending(self) -> int:
-        """Bytes received and not yet taken as a request."""
-        return len(self._buffer)
+        super().__init__(sock)
 
     def unexpected(self) -> None:
         # a request is under way: pipelined bytes, half a close, or a reset
@@ -1264,7 +1278,7 @@ class Client(Wire):
             self._take_in(self.receive_now())
         except OSError:
             self._watcher.stop()
-            self._greenlet.throw(ClientGone())
+            self._greenlet.throw(ClientFault(RESET))  # wherever it waits: for a service, most likely
         if self.ended or len(self._buffer) > MAX_MESSAGE:
             self._watcher.stop()
 
@@ -1277,30 +1291,29 @@ class Client(Wire):
     def request(self, seconds: float) -> bytes | None:
         """Return the next request, None at the client's end; idle is free, a request begun has so many seconds.
 
-        Raises RequestTooLong, RequestTooSlow, OSError.
+        Raises RequestTooLong, ClientFault, OSError.
         """
-        buffer = self._buffer
-        while True:
-            request = buffer.take() if buffer else None
-            if request is not None or self.ended:
-                return request
-            if buffer:
-                return self._rest_of_request(seconds)
+        if self._buffer:
+            gevent.sleep(0)  # one that pipelines lets the others have their turn
+        while not self._buffer and not self.ended:
             data = self.receive()
             if data is None and self._leaving:
                 return None
             self._take_in(data)
+        request = self._buffer.take()
+        return self._rest_of_request(seconds) if request is None and self._buffer else request
 
-    def _rest_of_request(self, seconds: float) -> bytes | None:
-        with gevent.Timeout(seconds, RequestTooSlow(f'{self.pending} bytes and no end within {seconds:g}s')):
-            while True:
+    def _rest_of_request(self, seconds: float) -> bytes:
+        with gevent.Timeout(seconds, ClientFault(TOO_SLOW, f'{len(self._buffer)} bytes and no end')):
+            while not self.ended:
                 self._take_in(self.receive())
                 request = self._buffer.take()
-                if request is not None or self.ended:
+                if request is not None:
                     return request
+        raise ClientFault(CUT_OFF, f'{len(self._buffer)} bytes')
 
     def answer(self, action: bytes, seconds: float) -> None:
-        """Send an answer, within so many seconds. Raises AnswerNotTaken, OSError.
+        """Send an answer, within so many seconds. Raises ClientFault, OSError.
 
         The last one before we close goes out in one segment with our end, so that Postfix, which
         looks before it writes, can not send a request into a closed connection.
@@ -1310,7 +1323,7 @@ class Client(Wire):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         rest = self.send_some(b'action=%b\n\n' % action)
         if rest:
-            with gevent.Timeout(seconds, AnswerNotTaken(f'{len(rest)} bytes not taken within {seconds:g}s')):
+            with gevent.Timeout(seconds, ClientFault(NOT_TAKEN, f'{len(rest)} bytes')):
                 self.send(rest)
         if last:
             self.ended = True
@@ -1341,7 +1354,7 @@ class Proxy:
     # -- deciding
 
     def decide(self, request: bytes, client: Client, now: float) -> Decision:
-        """Return what a request that came `now` gets, always, and before the deadline. Raises ClientGone alone."""
+        """Return what a request that came `now` gets, always, and before the deadline. Raises ClientFault alone."""
         deadline = now + self._deadline
         self.statistics.requests += 1
         if not is_policy_request(request):
@@ -1355,35 +1368,34 @@ class Proxy:
                 reason = NO_SERVICE
                 if failure is not None:
                     reason = ALL_FAILED
-                if time.monotonic() >= deadline:
+                if time.monotonic() >= deadline - 0.005:
                     reason = OUT_OF_TIME
                 return self._give_default(reason, failure, tried)
-            service, generation = slot
-            tried.append(service)
+            tried.append(slot[0])
             try:
-                action = self._query(service, generation, request, instance, client, deadline - now)
+                action = self._query(slot, request, instance, client, tried, deadline - now)
             except ServiceFailure as caught:
                 failure, now = caught, time.monotonic()
                 continue
             self.statistics.answers += 1
             self.statistics.redispatches += failure is not None
             why = 'ok' if failure is None else f'ok after {failure.reason}'
-            return Decision(action, service, len(tried), why)
+            return Decision(action, slot[0], len(tried), why)
 
     def _claim(self, instance: bytes, tried: Sequence[Service], now: float, deadline: float) -> Slot | None:
         """Return a slot of a service to ask; None if there is none, or no time left."""
         passed = tried
-        while now < deadline:
+        while now < deadline - 0.005:  # less is no time to ask anyone
             service = self.balancer.choose(instance, passed, now)
             if service is not None and service.in_flight < service.limit:
                 return service, service.begin(now)
             if service is not None:
                 # one that still grows is waited for alone for a moment, or its share would go to the others
                 passed = [*passed, service]
-                slot = self.queue.wait([service], min(PATIENCE, deadline - now))
-            elif full := self.balancer.full(tried):
+                slot = self.queue.wait(service, tried, min(PATIENCE, deadline - now))
+            elif self.balancer.others(tried):
                 passed = tried
-                slot = self.queue.wait(full, deadline - now)
+                slot = self.queue.wait(None, tried, deadline - now)
             else:
                 return None
             if slot is not None:
@@ -1392,22 +1404,29 @@ class Proxy:
             now = time.monotonic()
         return None
 
-    def _query(self, service: Service, generation: int, request: bytes, instance: bytes,
-               client: Client, seconds: float) -> bytes:  # fmt: skip
-        """Return the action of one service, whose slot is ours to give back. Raises ServiceFailure, ClientGone."""
+    def _query(self, slot: Slot, request: bytes, instance: bytes,
+               client: Client, tried: Sequence[Service], remaining: float) -> bytes:  # fmt: skip
+        """Return the action of one service, and give its slot back. Raises ServiceFailure, ClientFault."""
+        service, generation = slot
         pool = self.pools[service]
         preferred = client.connection if instance and instance == client.instance else None
+        seconds, fair = service.timeout, True
+        if seconds >= remaining:
+            # one that hangs must leave time for another; the first to be asked had time enough to be judged
+            seconds = remaining / 2 if self.balancer.others(tried) else remaining
+            fair = len(tried) == 1
         try:
-            action, connection = pool.ask(request, preferred, seconds)
+            action, connection = pool.ask(request, preferred, seconds, fair)
         except ServiceFailure as failure:
-            self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
-                      f' instance: {printable(instance)}')  # fmt: skip
-            self._note(service, service.fail(failure.reason, instance, generation, time.monotonic()))
+            self._failed(slot, failure, instance)
+            raise
+        except ClientFault:
             self.queue.free(service, generation)
             raise
-        except BaseException:
-            self.queue.free(service, generation)
-            raise
+        except Exception as error:  # a fault of ours costs a redispatch, not the mail
+            internal = ServiceFailure(INTERNAL, repr(error))
+            self._failed(slot, internal, instance)
+            raise internal from error
         client.instance, client.connection = instance, connection
         now = time.monotonic()
         note = service.answered(generation, now)
@@ -1418,6 +1437,13 @@ class Proxy:
         if self._log.verbose:
             self._log(INFO, f"Answer from '{service.name}' -> '{printable(action)}'")
         return action
+
+    def _failed(self, slot: Slot, failure: ServiceFailure, instance: bytes) -> None:
+        service, generation = slot
+        self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
+                  f' instance: {printable(instance)}')  # fmt: skip
+        self._note(service, service.fail(failure.reason, instance, generation, time.monotonic()))
+        self.queue.free(service, generation)
 
     def _give_default(self, reason: str, failure: ServiceFailure | None, tried: Sequence[Service]) -> Decision:
         self.statistics.defaults[reason] += 1
@@ -1437,23 +1463,19 @@ class Proxy:
         self.statistics.clients += 1
         try:
             self._serve(client)
-            if client.pending:
-                self._refuse(NOTICE, CUT_OFF, f'{client.pending} bytes')
         except RequestTooLong as error:
-            self._refuse(WARNING, TOO_LONG, str(error))
-        except RequestTooSlow as error:
-            self._refuse(NOTICE, TOO_SLOW, str(error))
-        except AnswerNotTaken as error:
-            self._refuse(NOTICE, NOT_TAKEN, str(error))
-        except (ClientGone, OSError):
-            self._refuse(NOTICE, RESET, f'{client.pending} bytes')
+            self._refuse(WARNING, ClientFault(TOO_LONG, str(error)))
+        except ClientFault as fault:
+            self._refuse(NOTICE, fault)
+        except OSError:
+            self._refuse(NOTICE, ClientFault(RESET))
         finally:
             self.clients.discard(client)
             client.close()
 
-    def _refuse(self, level: int, reason: str, text: str) -> None:
-        self.statistics.refused[reason] += 1
-        self._log(level, f'Client connection closed: {reason}, {text}')
+    def _refuse(self, level: int, fault: ClientFault) -> None:
+        self.statistics.refused[fault.reason] += 1
+        self._log(level, f'Client connection closed: {fault}')
 
     def _serve(self, client: Client) -> None:
         log = self._log
@@ -1491,8 +1513,9 @@ class Proxy:
             return
         self._log(WARNING, text)
         self.balancer.changed(service)
+        self.queue.hand_over(service)
         if service.state is DOWN:
-            self.pools[service].purge()
+            self.pools[service].forget()
             self.queue.recall(service)
             gevent.spawn(self._probe, service)
             if not any(other.state is UP for other in self.pools):
@@ -1505,7 +1528,7 @@ class Proxy:
             try:
                 with gevent.Timeout(service.timeout, TimeoutError('timed out')):
                     connect(service.address).close()
-            except OSError:
+            except Exception:
                 service.probe_failed(time.monotonic())
             else:
                 self._note(service, service.probe_connected(time.monotonic()))
@@ -1518,6 +1541,8 @@ class Proxy:
             for service, pool in self.pools.items():
                 pool.prune(now)
                 service.relearn(now)
+                if self.queue.waited() > 1 and service.in_flight >= service.limit and not service.stalled(now):
+                    service.widen()
                 self.queue.hand_over(service)
                 self._watch_stall(service, now)
             if int(now) % 10 == 0 and self.statistics.defaults[NO_SERVICE] > self._defaults_told:
@@ -1625,18 +1650,15 @@ def misused(argv: Sequence[str]) -> str:
     return f"cannot use '{' '.join(argv)}': an option lacks its value, has one too many, or a word is no option"
 
 
-def stdin_is_stderr() -> bool:
-    """Tell whether stderr is the client's socket, as under spawn(8): then nothing may be written there."""
-    try:
-        return stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.samestat(os.fstat(0), os.fstat(2))
-    except OSError:
-        return True
+def is_client(fd: int) -> bool:
+    """Tell whether a descriptor is the client's socket, as stdin is under spawn(8)."""
+    return stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.samestat(os.fstat(0), os.fstat(fd))
 
 
 def complain(text: str) -> None:
     """Tell the user what ends the start: one line on stderr, or in syslog where stderr is the client."""
     text = printable(os.fsencode(text))
-    if stdin_is_stderr():
+    if is_client(2):
         SyslogSink(None).write(WARNING, text)
     else:
         os.write(2, f'hapolicy: {text}\n'.encode('utf-8', 'backslashreplace'))
@@ -1645,7 +1667,7 @@ def complain(text: str) -> None:
 def make_log(options: Options, server: bool) -> Log:
     """Return the log as asked for; neither stdout nor stderr are used where they are the client."""
     sink: StreamSink | SyslogSink
-    if options.stdout and (server or not is_client_socket()):
+    if options.stdout and (server or not is_client(1)):
         sink = StreamSink(1)
     else:
         sink = SyslogSink(StreamSink(2) if server else None)
@@ -1657,7 +1679,7 @@ def report_errors(log: Log) -> None:
     told = [0.0]
 
     def report(context: object, kind: type[BaseException], value: BaseException, trace: Any) -> None:
-        if isinstance(value, OSError):
+        if hasattr(context, 'do_read') and isinstance(value, OSError):  # a StreamServer
             if time.monotonic() > told[0]:  # waiting clients are tried ten times a second
                 told[0] = time.monotonic() + 1
                 log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
@@ -1704,6 +1726,8 @@ def bind_unix(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
         pass
     # bound beside it and moved: nobody meets it with the wrong mode, or missing
     beside = os.path.join(os.path.dirname(path), f'.{os.getpid()}')
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(beside)  # of a process that ended in this moment, and had our pid
     sock.bind(beside)
     os.chmod(beside, mode)
     os.rename(beside, path)
@@ -1739,14 +1763,6 @@ def client_limit(asked: int | None, services: Sequence[Service], log: Log) -> in
     return min(asked or carried, carried)
 
 
-def is_client_socket() -> bool:
-    """Tell whether stdin and stdout are one socket: the client's, as spawn(8) hands it over."""
-    try:
-        return stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.samestat(os.fstat(0), os.fstat(1))
-    except OSError:
-        return False
-
-
 class Stop:
     """SIGTERM and SIGINT: the first ends the wait, the second the process."""
 
@@ -1754,6 +1770,7 @@ class Stop:
         self.event = gevent.event.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, self._asked)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to read anew, and mail in flight to lose
 
     def _asked(self) -> None:
         if self.event.is_set():
@@ -1764,7 +1781,7 @@ class Stop:
 def serve_stdin(proxy: Proxy, stop: Stop, grace: float) -> bool:
     """Serve the one client on stdin and stdout; return False if its answers could not all be given."""
     pump: gevent.Greenlet[..., None] | None = None
-    if is_client_socket():
+    if is_client(1):
         sock = socket.socket(fileno=os.dup(0))
     else:
         sock, far = socket.socketpair()
@@ -1776,7 +1793,7 @@ def serve_stdin(proxy: Proxy, stop: Stop, grace: float) -> bool:
     served = proxy.drain(grace)
     if pump is not None:
         pump.join(grace)
-    return served
+    return served and (pump is None or pump.ready())
 
 
 def pump_in(far: socket.socket) -> None:
@@ -1792,9 +1809,12 @@ def pump_in(far: socket.socket) -> None:
 
 def pump_out(far: socket.socket) -> None:
     """Pass the answers on to stdout."""
-    while data := far.recv(RECEIVE):
-        while data:
-            data = data[gevent.get_hub().threadpool.apply(os.write, (1, data)) :]
+    try:
+        while data := far.recv(RECEIVE):
+            while data:
+                data = data[gevent.get_hub().threadpool.apply(os.write, (1, data)) :]
+    except OSError:  # nobody reads: nobody is to be asked
+        far.close()
 
 
 def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop, options: Options, log: Log) -> bool:
@@ -1826,8 +1846,9 @@ def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop
     stop.event.wait()
     notify('STOPPING=1')
     for server in servers:
-        while not greenlets.full() and (accepted := server.do_read()):
-            server.do_handle(*accepted)  # the backlog would be reset
+        with contextlib.suppress(OSError):
+            while not greenlets.full() and (accepted := server.do_read()):
+                server.do_handle(*accepted)  # the backlog would be reset
         server.close()
     return proxy.drain(options.grace)
 
@@ -1844,6 +1865,8 @@ def patch_sockets() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    while os.open(os.devnull, os.O_RDWR) < 3:  # one that was closed would become a listener, and then get the log
+        pass
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         patch_sockets()

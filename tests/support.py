@@ -19,9 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / 'hapolicy_gevent.py'
+T = TypeVar('T')
 SCALE = float(os.environ.get('HAPOLICY_TEST_SCALE', '1'))
 
 _instances = itertools.count(1)
@@ -370,9 +372,9 @@ def stubs(*behaviours: Behaviour) -> Iterator[list[PolicyServerStub]]:
             server.stop()
 
 
-def in_threads(number: int, work: Callable[[int], object]) -> list[object]:
+def in_threads(number: int, work: Callable[[int], T]) -> list[T]:
     """Run work(0..number-1) in threads of their own; return the results, raise the first failure."""
-    results: list[object] = [None] * number
+    results: dict[int, T] = {}
     errors: list[BaseException] = []
 
     def run(i: int) -> None:
@@ -389,4 +391,4 @@ def in_threads(number: int, work: Callable[[int], object]) -> list[object]:
         assert not thread.is_alive(), 'a client still waits'
     if errors:
         raise errors[0]
-    return results
+    return [results[i] for i in range(number)]

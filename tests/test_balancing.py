@@ -92,8 +92,8 @@ def test_a_full_service_is_passed_over_and_waited_for_when_all_are_full() -> Non
         chosen.begin(0)
     assert (a.in_flight, b.in_flight) == (2, 1)
     assert balancer.choose(b'', (), 0) is None
-    assert balancer.full(()) == [a, b]
-    assert balancer.full([a]) == [b]
+    assert balancer.others(())
+    assert balancer.others([a]) and not balancer.others([a, b])
 
 
 def test_a_stalled_service_gets_requests_only_when_no_other_can_take_them() -> None:

@@ -119,8 +119,9 @@ class Spawned:
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(20)
         with theirs:
+            fd = theirs.fileno()
             self.process = subprocess.Popen(
-                [python, str(MODULE), *arguments], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=theirs.fileno(),
+                [python, str(MODULE), *arguments], stdin=fd, stdout=fd, stderr=fd,
                 env={'PATH': '/usr/bin:/bin', 'LANG': 'C'},
             )  # fmt: skip
 

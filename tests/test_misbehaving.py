@@ -137,7 +137,7 @@ def ask_all(proxy: ProxyProcess, clients: int = CLIENTS, requests: int = REQUEST
         with proxy.client() as client:
             return [client.ask_own() for _ in range(requests)]
 
-    return [server for each in in_threads(clients, work) for server in each]  # type: ignore[attr-defined]
+    return [server for each in in_threads(clients, work) for server in each]
 
 
 @pytest.mark.parametrize('fault', FAULTS)

@@ -295,7 +295,7 @@ def test_the_requests_of_a_message_share_a_server_connection() -> None:
         assert [len(places) for places in seen.values()] == [1] * 20
         in_threads(4, work)
         assert len(seen) == 100
-        assert {len({server for server, _ in places}) for places in seen.values()} == {1}, 'soft is the connection alone'
+        assert {len({server for server, _ in places}) for places in seen.values()} == {1}
 
 
 def test_a_message_spread_over_client_connections_goes_to_one_service() -> None:

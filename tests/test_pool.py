@@ -1,0 +1,222 @@
+"""The pool and its growth: what is reused, what is not, and that waiting never outlasts its reason."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+from hapolicy_gevent import bind_unix
+from tests.support import (
+    Behaviour,
+    Peer,
+    PostfixClient,
+    ProxyProcess,
+    attributes,
+    echo,
+    hang,
+    in_threads,
+    new_instance,
+    request,
+    slow,
+    stubs,
+    wait_until,
+)
+
+
+def as_asked(peer: Peer, message: bytes) -> None:
+    """Take as many seconds as the request's policy_context says."""
+    time.sleep(float(attributes(message).get('policy_context') or 0))
+    echo(peer, message)
+
+
+def ask_for(client: PostfixClient, seconds: float) -> str:
+    """Ask what takes the server so many seconds."""
+    return client.ask(request(instance=new_instance(), policy_context=seconds))
+
+
+def now_and_then_twice(pause: float) -> Behaviour:
+    """Answer every fifth request again after a pause, once a few were answered well."""
+    count = [0]
+
+    def behave(peer: Peer, message: bytes) -> None:
+        peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        echo(peer, message)
+        count[0] += 1
+        if count[0] > 3 and count[0] % 5 == 0:
+            end = time.perf_counter() + pause
+            while time.perf_counter() < end:
+                pass
+            echo(peer, message)
+
+    return behave
+
+
+def test_i2_a_second_answer_is_found_before_a_waiting_request_takes_the_connection() -> None:
+    # max 1: a slot and its connection are handed over before the loop polls again
+    strangers = 0
+    for pause in (0, 0.00005, 0.0002):
+        with stubs(now_and_then_twice(pause)) as (a,), ProxyProcess('-s', a.service + ':10:1:5:1') as proxy:
+            with proxy.client() as client:
+                client.ask_own()
+            time.sleep(0.1)
+
+            def work(_: int, proxy: ProxyProcess = proxy) -> int:
+                wrong = 0
+                with proxy.client() as client:
+                    for _ in range(40):
+                        instance = new_instance()
+                        action = client.ask(request(instance=instance))
+                        wrong += instance not in action and action != 'dunno'
+                return wrong
+
+            strangers += sum(in_threads(8, work))
+            proxy.logged('each of its connections is used once')
+    # one that comes after the next request was sent cannot be told from its answer
+    assert strangers <= 3, f'{strangers} of 960 requests had the answer of another'
+
+
+def test_growth_goes_on_after_the_end_of_a_burst() -> None:
+    with stubs(as_asked) as (a,), ProxyProcess('-s', a.service, '--deadline=20') as proxy:
+        clients = [proxy.client() for _ in range(30)]
+        clients[0].ask(request(instance=new_instance()))
+        time.sleep(0.1)
+
+        def tail(i: int) -> None:  # two overlap, and the one on the new connection ends alone
+            time.sleep(0.02 * i)
+            clients[i].ask(request(instance=new_instance(), policy_context=[0.1, 0.2][i]))
+
+        in_threads(2, tail)
+        started = time.monotonic()
+        in_threads(30, lambda i: [ask_for(clients[i], 0.2) for _ in range(4)])
+        assert time.monotonic() - started < 6, 'two connections would take 12 s'
+
+
+def test_after_its_return_a_service_grows_with_new_connections() -> None:
+    with stubs(as_asked) as (a,), ProxyProcess('-s', a.service + ':::1.5', '--deadline=20') as proxy:
+        clients = [proxy.client() for _ in range(24)]
+        in_threads(8, lambda i: [ask_for(clients[i], 0.1) for _ in range(4)])
+
+        def two_late_and_one_answered_after(i: int) -> None:
+            time.sleep([0, 0, 0.9][i])
+            clients[i].ask(request(instance=new_instance(), policy_context=[2.5, 2.5, 1.4][i]))
+
+        in_threads(3, two_late_and_one_answered_after)
+        proxy.logged('is trial')
+        assert clients[0].ask_own() == 'A'
+        started = time.monotonic()
+        in_threads(24, lambda i: [ask_for(clients[i], 0.1) for _ in range(3)])
+        assert time.monotonic() - started < 4, 'one connection would take 7 s'
+
+
+def test_a_server_slow_by_nature_is_given_more_connections_as_requests_wait() -> None:
+    with stubs(slow(1.0)) as (a,), ProxyProcess('-s', a.service, '--deadline=10') as proxy:
+        clients = [proxy.client() for _ in range(60)]
+        assert in_threads(60, lambda i: clients[i].ask_own()) == ['A'] * 60
+
+
+def test_a_timeout_above_the_deadline_leaves_time_for_the_next_service_and_counts() -> None:
+    with stubs(echo, echo) as (a, b):
+        with ProxyProcess('-s', a.service, '-s', b.service, '--deadline=2', '--stall=1') as proxy:
+            clients = [proxy.client() for _ in range(6)]
+            in_threads(6, lambda i: [clients[i].ask_own() for _ in range(10)])
+            a.behaviour = hang
+            answered = in_threads(6, lambda i: {clients[i].ask_own() for _ in range(200)})
+            assert set().union(*answered) <= {'A', 'B'}
+            proxy.logged('[A] (' + a.service[2:] + ') is down: timeout')
+
+
+def test_who_waits_for_a_full_service_is_served_by_another_that_returns() -> None:
+    with stubs(slow(2), echo) as (a, b):
+        b.stop()
+        services = ['-s', a.service + ':10:1:30:1', '-s', b.service]
+        with ProxyProcess(*services, '--deadline=8', '--stall=20') as proxy:
+            with proxy.client() as client:
+                client.ask_own()
+                client.ask_own()
+            proxy.logged('is down: refused')
+            clients = [proxy.client() for _ in range(8)]
+            threading.Timer(0.3, b.start).start()
+            answered = in_threads(8, lambda i: clients[i].ask_own())
+            assert answered.count('B') >= 4 and 'default' not in answered, answered
+
+
+def test_one_slow_request_is_not_taken_for_a_missing_worker() -> None:
+    with stubs(as_asked) as (a,), ProxyProcess('-s', a.service + ':::1', '--deadline=8') as proxy:
+        clients = [proxy.client() for _ in range(20)]
+        clients[0].ask_own()
+        time.sleep(0.1)
+
+        def one_hangs_on_the_youngest(i: int) -> None:
+            if i == 0:
+                time.sleep(0.05)
+                clients[0].ask(request(instance=new_instance(), policy_context=3))
+            else:
+                for _ in range(10):
+                    clients[1].ask(request(instance=new_instance(), policy_context=0.2))
+
+        in_threads(2, one_hangs_on_the_youngest)
+        assert 'seems to serve' not in proxy.log
+        started = time.monotonic()
+        in_threads(20, lambda i: [ask_for(clients[i], 0.2) for _ in range(4)])
+        assert time.monotonic() - started < 6, 'one at a time would take 16 s'
+
+
+def test_i6_a_client_that_pipelines_without_end_stops_nobody() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as good, proxy.client() as bad:
+        assert good.ask_own() == 'A'
+        stop = threading.Event()
+
+        def flood() -> None:
+            try:
+                while not stop.is_set():
+                    bad.sock.sendall(b'\n' * 65536)
+            except OSError:
+                pass
+
+        def read() -> None:
+            try:
+                while bad.sock.recv(1 << 20):
+                    pass
+            except OSError:
+                pass
+
+        threads = [threading.Thread(target=work, daemon=True) for work in (flood, read)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        held = []
+        for _ in range(8):
+            started = time.monotonic()
+            assert good.ask_own() == 'A'
+            held.append(time.monotonic() - started)
+        stop.set()
+        bad.close()
+        assert sorted(held)[4] < 0.1, held
+
+
+def test_idle_connections_are_few_after_a_burst() -> None:
+    with stubs(slow(0.2)) as (a,), ProxyProcess('-s', a.service) as proxy:
+        clients = [proxy.client() for _ in range(60)]
+        for _ in range(3):
+            in_threads(60, lambda i: clients[i].ask_own())
+        assert a.open > 20
+        wait_until(lambda: a.open <= 20, 10, 'idle connections above 20 closed')
+
+
+def test_i7_instances_of_any_length_are_not_kept() -> None:
+    with stubs(lambda peer, message: peer.send(b'action=DUNNO\n\n')) as (a,), ProxyProcess('-s', a.service) as proxy:
+        with proxy.client() as client:
+            client.ask(request(instance='x' * 60000))
+            before = proxy.memory
+            for i in range(300):
+                client.ask(request(instance=f'{i}' + 'x' * 60000))
+            assert proxy.memory - before < 8e6
+
+
+def test_a_socket_left_by_a_dead_process_with_our_pid_is_no_obstacle(tmp_path: object) -> None:
+    with socket.socket(socket.AF_UNIX) as left_over, socket.socket(socket.AF_UNIX) as sock:
+        left_over.bind(f'{tmp_path}/.{os.getpid()}')
+        bind_unix(sock, f'{tmp_path}/t', 0o600, False)
+        assert os.path.exists(f'{tmp_path}/t')
