@@ -208,25 +208,22 @@ def end_of_message(data: bytes, start: int = 0) -> int:
 class RequestBuffer:
     """The bytes of one client, cut into requests whatever way they arrive."""
 
-    __slots__ = ('_data', '_scanned')
+    __slots__ = ('_scanned', 'data')
 
     def __init__(self) -> None:
-        self._data = b''
+        self.data = b''  #: received and not yet taken
         self._scanned = 0
-
-    def __len__(self) -> int:
-        return len(self._data)
 
     def feed(self, data: bytes) -> None:
         """Append what was received."""
-        self._data = self._data + data if self._data else data
+        self.data = self.data + data if self.data else data
 
     def take(self) -> bytes | None:
         """Return the next complete request, its empty line included, or None while there is none.
 
         Raises RequestTooLong.
         """
-        data = self._data
+        data = self.data
         end = end_of_message(data, self._scanned)
         if not end or end > MAX_MESSAGE:
             if len(data) > MAX_MESSAGE:
@@ -234,7 +231,7 @@ class RequestBuffer:
             # an empty line may be cut in two: look at its first bytes again
             self._scanned = max(0, len(data) - 2)
             return None
-        self._data, self._scanned = data[end:], 0
+        self.data, self._scanned = data[end:], 0
         return data[:end]
 
 
@@ -856,10 +853,14 @@ class Wire:
             self._watcher.start(self._readable)
         self._waiter = getcurrent()
         try:
-            self._hub.switch()
+            greenlet.switch(self._hub)
         finally:
             self._waiter = None
-        return self.receive_now()
+        try:
+            data: bytes = self._recv(RECEIVE)  # as receive_now(), without the call
+            return data
+        except BlockingIOError:
+            return None
 
     def receive_now(self) -> bytes | None:
         """Return what is there to receive, b'' at the end, None if there is nothing. Raises OSError."""
@@ -1279,7 +1280,7 @@ class Client(Wire):
         except OSError:
             self._watcher.stop()
             self._greenlet.throw(ClientFault(RESET))  # wherever it waits: for a service, most likely
-        if self.ended or len(self._buffer) > MAX_MESSAGE:
+        if self.ended or len(self._buffer.data) > MAX_MESSAGE:
             self._watcher.stop()
 
     def _take_in(self, data: bytes | None) -> None:
@@ -1293,24 +1294,25 @@ class Client(Wire):
 
         Raises RequestTooLong, ClientFault, OSError.
         """
-        if self._buffer:
+        buffer = self._buffer
+        if buffer.data:
             gevent.sleep(0)  # one that pipelines lets the others have their turn
-        while not self._buffer and not self.ended:
+        while not buffer.data and not self.ended:
             data = self.receive()
             if data is None and self._leaving:
                 return None
             self._take_in(data)
-        request = self._buffer.take()
-        return self._rest_of_request(seconds) if request is None and self._buffer else request
+        request = buffer.take()
+        return self._rest_of_request(seconds) if request is None and buffer.data else request
 
     def _rest_of_request(self, seconds: float) -> bytes:
-        with gevent.Timeout(seconds, ClientFault(TOO_SLOW, f'{len(self._buffer)} bytes and no end')):
+        with gevent.Timeout(seconds, ClientFault(TOO_SLOW, f'{len(self._buffer.data)} bytes and no end')):
             while not self.ended:
                 self._take_in(self.receive())
                 request = self._buffer.take()
                 if request is not None:
                     return request
-        raise ClientFault(CUT_OFF, f'{len(self._buffer)} bytes')
+        raise ClientFault(CUT_OFF, f'{len(self._buffer.data)} bytes')
 
     def answer(self, action: bytes, seconds: float) -> None:
         """Send an answer, within so many seconds. Raises ClientFault, OSError.
@@ -1318,7 +1320,7 @@ class Client(Wire):
         The last one before we close goes out in one segment with our end, so that Postfix, which
         looks before it writes, can not send a request into a closed connection.
         """
-        last = self.closing and not self._buffer
+        last = self.closing and not self._buffer.data
         if last and self.socket.family != socket.AF_UNIX:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         rest = self.send_some(b'action=%b\n\n' % action)
@@ -1332,7 +1334,7 @@ class Client(Wire):
     def drain(self, now: float) -> None:
         """Close the connection with its next answer; now, if it is idle and none is expected soon."""
         self.closing = True
-        if self._waiter is not None and not self._buffer and now - self.asked > LINGER:
+        if self._waiter is not None and not self._buffer.data and now - self.asked > LINGER:
             self._leaving = True
             self._hub.loop.run_callback(self._readable)
 

@@ -30,7 +30,7 @@ def test_the_protocol_code_under_mutated_bytes() -> None:
             parse_answer(mutated(b'foo=bar\naction=DUNNO i1\n\n', chance), chance.random() < 0.5)
         buffer.feed(mutated(whole, chance))
         try:
-            while (one := buffer.take() if buffer else None) is not None:
+            while (one := buffer.take() if buffer.data else None) is not None:
                 assert one.endswith(b'\n')
                 printable(attribute(one, b'sender') + attribute(one, b'request'))
         except RequestTooLong:

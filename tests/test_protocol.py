@@ -65,12 +65,12 @@ def feed(pieces: Iterator[bytes]) -> tuple[list[bytes], int, str]:
     for piece in pieces:
         buffer.feed(piece)
         try:
-            while (request := buffer.take() if buffer else None) is not None:
+            while (request := buffer.take() if buffer.data else None) is not None:
                 requests.append(request)
         except RequestTooLong:
             return requests, 0, 'RequestTooLong'
-        assert len(buffer) <= MAX_MESSAGE
-    return requests, len(buffer), ''
+        assert len(buffer.data) <= MAX_MESSAGE
+    return requests, len(buffer.data), ''
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -161,7 +161,7 @@ def test_the_buffer_stays_bounded() -> None:
         for _ in range(1000):
             buffer.feed(b'x' * 1000)
             buffer.take()
-    assert len(buffer) <= MAX_MESSAGE + 1000
+    assert len(buffer.data) <= MAX_MESSAGE + 1000
 
 
 @pytest.mark.parametrize(
