@@ -299,21 +299,17 @@ def test_a_rolling_restart_of_all_servers_is_never_seen() -> None:
 def test_a_new_proxy_takes_over_the_port_under_load() -> None:
     with servers('AB') as running:
         arguments = [f'-s{server.service}' for server in running] + ['--reuse-port']
-        with ProxyProcess(*arguments) as old, load(old.port, 16) as clients:
-            for _ in range(3):
-                with ProxyProcess(*arguments, port=old.port) as new:
+        with contextlib.ExitStack() as after:
+            old = after.enter_context(ProxyProcess(*arguments))
+            with load(old.port, 16) as clients:
+                for _ in range(6):
+                    new = after.enter_context(ProxyProcess(*arguments, port=old.port))
                     assert old.terminate() == 0
-                    time.sleep(0.5)
-                    with ProxyProcess(*arguments, port=old.port) as old:
-                        assert new.terminate() == 0
-                        time.sleep(0.3)
-                        # leave one running for the next round
-                        keeper = ProxyProcess(*arguments, port=old.port)
-                        assert old.terminate() == 0
-                        old = keeper
-            assert clients.reconnects > 0
-        assert clients.shares(0)['default'] == 0
-        assert keeper.terminate() == 0
+                    time.sleep(0.3)
+                    old = new
+                assert clients.reconnects > 0
+            assert clients.shares(0)['default'] == 0
+            assert old.terminate() == 0
 
 
 def test_socket_activation_and_readiness(tmp_path: Path) -> None:
