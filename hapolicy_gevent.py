@@ -395,7 +395,7 @@ class Service:
         self.credit = 0  # of the smooth weighted round robin
         self.in_flight = self.waiting = 0
         self.proven = 0  # requests at once that were seen to be served
-        self.learned, self.starved = maximum, 0  # what it seems to serve at most, and how often that was seen
+        self.learned, self.starved_at = maximum, -RELEARN_LAST  # what it seems to serve at most, and when that was seen
         self.raise_at = self.raise_wait = 0.0
         self.cap, self.limit = maximum, 1
         self.quiet_since = 0.0  # last answer, or when the first of those in flight was sent
@@ -502,11 +502,12 @@ class Service:
         """Note that a connection found no worker while `served` others were answered; return what to log.
 
         A prefork server serves as many connections as it has children; one more is accepted by the
-        kernel and never read. Asking it less is the cure, not taking it down. Once may be a slow request;
-        the second time is believed.
+        kernel and never read. Asking it less is the cure, not taking it down. One alone may be a slow
+        request; the second within a minute is believed.
         """
-        self.starved += 1
-        if self.starved < 2:
+        alone = now - self.starved_at > RELEARN_FIRST and self.learned == self.max
+        self.starved_at = now
+        if alone:
             return ''
         told = self.learned
         self.learned = max(1, min(self.learned, max(served, self.proven)))
@@ -1020,8 +1021,8 @@ class QueryTimeout(gevent.Timeout):
 class Pool:
     """The connections to one service.
 
-    A connection is busy with one query, settling, idle, or closed; one on which a query was
-    abandoned is closed. Idle ones are used last in, first out, so that the others can expire.
+    A connection is busy with one query, idle, or closed; one on which a query was abandoned is
+    closed. Idle ones are used last in, first out, so that the others can expire.
     """
 
     def __init__(self, service: Service, queue: Queue, tell: Log) -> None:
@@ -1204,9 +1205,6 @@ class Queue:
         self.statistics = statistics
         self._waiters: deque[Waiter] = deque()
 
-    def __len__(self) -> int:
-        return len(self._waiters)
-
     def waited(self) -> float:
         """Return for how many seconds the first has waited."""
         return time.monotonic() - self._waiters[0].since if self._waiters else 0.0
@@ -1218,7 +1216,7 @@ class Queue:
         if only is not None:
             only.waiting += 1
         try:
-            handed: Slot | None = waiter.handed.wait(max(seconds, 0))
+            waiter.handed.wait(max(seconds, 0))
         except BaseException:
             if waiter.handed.value is not None:  # handed over in the same moment: pass it on
                 self.free(*waiter.handed.value)
@@ -1228,7 +1226,7 @@ class Queue:
                 only.waiting -= 1
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
-        return handed
+        return waiter.handed.value
 
     def free(self, service: Service, generation: int) -> None:
         """Give a slot back and hand it on."""
