@@ -128,6 +128,8 @@ BACKLOG = 1024
 RESERVED_DESCRIPTORS = 16
 #: Log lines waiting for the log daemon; more are dropped and counted.
 MAX_LOG_LINES = 10000
+#: Lines written at once.
+LOG_BATCH = 200
 #: Bytes of one log line; longer ones are cut, as rsyslog does at 8 kB.
 MAX_LOG_LINE = 8000
 
@@ -376,7 +378,7 @@ def parse_address(text: str) -> tuple[Address, str]:
 class Service:
     """One policy server: its settings, its health and its room for requests. Pure: it never does I/O.
 
-    States: UP takes up to `cap` requests; DOWN takes none until a probe connects; TRIAL takes one
+    States: UP takes up to `max` requests; DOWN takes none until a probe connects; TRIAL takes one
     at a time until one is answered. `in_flight` requests hold a slot, `waiting` ones will. A
     generation ends when the service goes down: what was in flight then no longer counts, neither
     for its room nor for its health.
@@ -418,9 +420,13 @@ class Service:
         return self.in_flight > 0 and now - self.quiet_since > self.stall
 
     def resize(self) -> None:
-        """Work out how many requests it may get: the pool grows to twice what is proven, up to the cap."""
-        self.cap = {UP: min(self.max, self.learned), TRIAL: 1, DOWN: 0}[self.state]
-        self.limit = min(self.cap, max(1, 2 * self.proven))
+        """Work out how many requests it may get.
+
+        Beyond `cap` the next service is asked. Beyond `limit`, twice of what is proven and no more
+        than was learned, a request waits for this one a moment.
+        """
+        self.cap = {UP: self.max, TRIAL: 1, DOWN: 0}[self.state]
+        self.limit = min(self.cap, self.learned, max(1, 2 * self.proven))
 
     def begin(self, now: float) -> int:
         """Take a slot for a request; return the generation it belongs to."""
@@ -694,22 +700,27 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
             f'instance: {instance}, tries: {decision.tries}, why: {decision.why}')  # fmt: skip
 
 
+#: Severity and text.
+Line: TypeAlias = 'tuple[int, str]'
+
+
 class StreamSink:
     """Writes log lines to a descriptor: stdout for -L, or stderr where there is no syslog."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def write(self, level: int, text: str) -> bool:
-        """Write a line; return False if it is lost."""
-        line = f'[LOG {LEVELS[level]}]: {text}\n'.encode('utf-8', 'backslashreplace')
+    def write(self, lines: Sequence[Line]) -> int:
+        """Write lines; return how many are lost."""
+        text = ''.join([f'[LOG {LEVELS[level]}]: {text}\n' for level, text in lines])
+        data = text.encode('utf-8', 'backslashreplace')
         try:
             # in a thread: whatever reads the other end may stop reading
-            while line:
-                line = line[gevent.get_hub().threadpool.apply(os.write, (self._fd, line)) :]
+            while data:
+                data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
         except OSError:
-            return False
-        return True
+            return len(lines)
+        return 0
 
 
 class SyslogSink:
@@ -755,11 +766,14 @@ class SyslogSink:
                     self._connect_at = 0.0
         return False
 
-    def write(self, level: int, text: str) -> bool:
-        """Send a line; return False if it is lost."""
-        stamp = time.strftime('%b %e %H:%M:%S')
-        line = f'<{LOG_MAIL | level}>{stamp} hapolicy[{os.getpid()}]: {text}'.encode('utf-8', 'backslashreplace')
-        return self._send(line) or (self._fallback is not None and self._fallback.write(level, text))
+    def write(self, lines: Sequence[Line]) -> int:
+        """Send lines; return how many are lost."""
+        tail = f'>{time.strftime("%b %e %H:%M:%S")} hapolicy[{os.getpid()}]: '
+        lost = []
+        for level, text in lines:
+            if not self._send(f'<{LOG_MAIL | level}{tail}{text}'.encode('utf-8', 'backslashreplace')):
+                lost.append((level, text))
+        return self._fallback.write(lost) if lost and self._fallback is not None else len(lost)
 
 
 class Log:
@@ -770,7 +784,7 @@ class Log:
         self.lost = 0
         self._lost_told = 0
         self._sink = sink
-        self._lines: deque[tuple[int, str]] = deque()
+        self._lines: deque[Line] = deque()
         self._more = gevent.event.Event()
         gevent.spawn(self._write)
 
@@ -789,15 +803,15 @@ class Log:
         while True:
             self._more.wait()
             while self._lines:
-                written = False
+                batch = [self._lines.popleft() for _ in range(min(len(self._lines), LOG_BATCH))]
+                lost = len(batch)
                 with contextlib.suppress(Exception):  # of a thread that cannot be had, say: the log goes on
-                    written = self._sink.write(*self._lines[0])
-                self.lost += not written
-                self._lines.popleft()
+                    lost = self._sink.write(batch)
+                self.lost += lost
+                if not lost and self.lost > self._lost_told:
+                    self._lines.append((WARNING, f'{self.lost - self._lost_told} log lines were lost'))
+                    self._lost_told = self.lost
             self._more.clear()
-            if self.lost > self._lost_told:
-                self._lost_told, lost = self.lost, self.lost - self._lost_told
-                self._sink.write(WARNING, f'{lost} log lines were lost')
 
     def close(self, seconds: float = 1.0) -> None:
         """Write what is queued, for so many seconds at most."""
@@ -1659,7 +1673,7 @@ def complain(text: str) -> None:
     """Tell the user what ends the start: one line on stderr, or in syslog where stderr is the client."""
     text = printable(os.fsencode(text))
     if is_client(2):
-        SyslogSink(None).write(WARNING, text)
+        SyslogSink(None).write([(WARNING, text)])
     else:
         os.write(2, f'hapolicy: {text}\n'.encode('utf-8', 'backslashreplace'))
 
