@@ -81,7 +81,7 @@ def test_a_default_action_is_taken(text: str) -> None:
     assert parse_default(text) == text.strip().encode()
 
 
-@pytest.mark.parametrize('text', ['', '  ', '550', ' 250 ', 'DUNNO\nX', 'DUNNO\r', 'a\0b', '\udcff'])
+@pytest.mark.parametrize('text', ['', '  ', 'action=dunno', '550', ' 250 ', 'DUNNO\nX', 'DUNNO\r', 'a\0b', '\udcff'])
 def test_a_default_action_that_postfix_would_misread_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match='--default'):
         parse_default(text)
