@@ -453,7 +453,7 @@ class Service:
 
     def widen(self) -> None:
         """Grow although nothing more is proven: requests have waited for long, it answers but slowly."""
-        self.proven = max(1, 2 * self.proven)
+        self.proven = min(self.max, max(1, 2 * self.proven))
         self.resize()
 
     def answered(self, generation: int, now: float) -> str:
@@ -521,7 +521,7 @@ class Service:
         if alone:
             return ''
         told = self.learned
-        self.learned = max(1, min(self.learned, max(served, self.proven)))
+        self.learned = max(1, min(self.learned, served))
         self.raise_wait = min(RELEARN_LAST, self.raise_wait * 2) if self.raise_wait else RELEARN_FIRST
         self.raise_at = now + self.raise_wait
         self.resize()
@@ -1391,7 +1391,7 @@ class Proxy:
                 return self._give_default(reason, failure, tried)
             tried.append(slot[0])
             try:
-                action = self._query(slot, request, instance, client, tried, deadline - now)
+                action = self._query(slot, request, instance, client, tried, deadline - time.monotonic())
             except ServiceFailure as caught:
                 failure, now = caught, time.monotonic()
                 continue

@@ -17,6 +17,7 @@ Options:
   --think=SECONDS         pause of a client between two requests [default: 0]
   --patience=SECONDS      Postfix's smtpd_policy_service_timeout [default: 100]
   --default=ACTION        the action that counts as a default [default: dunno]
+  --request-limit=N       requests on a connection, as Postfix's request_limit, 0: any number [default: 0]
   --attribute=NAME=VALUE  change an attribute of the requests, may be repeated
   --json                  print JSON: seconds, and latencies in ms
   -h, --help              show this text
@@ -58,6 +59,8 @@ class Plan:
     patience: float = 100.0  # seconds
     default: str = 'dunno'
     attributes: dict[str, str] = field(default_factory=dict)
+    request_limit: int = 0  # requests on a connection, 0: any number
+    trace: bool = False  # keep every try
 
     def part(self, number: int) -> Plan:
         """Return the plan of one of the processes."""
@@ -130,6 +133,8 @@ class Result:
         self.malformed = 0  #: answers that are not one action line and an empty line
         self.lost = 0  #: requests without an answer after two tries
         self.by_second: dict[int, Counter[str]] = {}  #: who answered, by whole seconds since the start
+        #: of a plan with `trace`: seconds since the start, seconds of latency, and '' or the kind of error
+        self.trace: list[tuple[float, float, str]] = []
 
     COUNTS = ('requests', 'reconnects', 'defaults', 'swapped', 'malformed', 'lost')
 
@@ -160,6 +165,7 @@ class Result:
         self.errors.update(part['errors'])
         for second, servers in part['by_second'].items():
             self.by_second.setdefault(int(second), Counter()).update(servers)
+        self.trace += [(when, latency, kind) for when, latency, kind in part['trace']]
 
     def dump(self) -> dict[str, Any]:
         """Return all of it as JSON can hold it."""
@@ -169,6 +175,7 @@ class Result:
             'latency': self.latency.dump(),
             'errors': self.errors,
             'by_second': self.by_second,
+            'trace': self.trace,
         }
 
 
@@ -279,7 +286,8 @@ def parse_plan(given: dict[str, Any]) -> Plan:
         raise ValueError(f"'{where}' is not host:port or unix:/path")
     plan = Plan(where, int(given['--clients']), int(given['--processes']), requests,
                 float(given['--seconds'] or (600 if requests else 10)), float(given['--rate']),
-                float(given['--think']), float(given['--patience']), given['--default'], attributes)  # fmt: skip
+                float(given['--think']), float(given['--patience']), given['--default'], attributes,
+                int(given['--request-limit']))  # fmt: skip
     if plan.clients < 1 or plan.processes < 1 or plan.seconds <= 0 or plan.patience <= 0:
         raise ValueError('--clients, --processes, --seconds and --patience are above 0')
     return plan

@@ -205,6 +205,12 @@ class Worker:
             gevent.sleep(due - now)
         return True
 
+    def trace(self, began: float, kind: str) -> None:
+        """Keep a try of a request that began at a monotonic second, '' or the kind of error, if the plan asks for it."""
+        if self.plan.trace:
+            now = time.monotonic()
+            self.result.trace.append((now - self.started, now - began, kind))
+
     def _watch(self) -> None:
         """Find those who have waited too long: one timer for all, where one for each request costs more."""
         patience = self.plan.patience
@@ -260,6 +266,8 @@ class Client:
             serial += 1
             instance = b'%b%x' % (self._prefix, serial) if self._fixed is None else self._fixed.encode()
             self._deliver(self._head + instance + self._tail, b'action=DUNNO %b ' % instance)
+            if worker.plan.request_limit and not serial % worker.plan.request_limit:
+                self._close()
             if worker.plan.think:
                 gevent.sleep(worker.plan.think)
         self._close()
@@ -274,11 +282,15 @@ class Client:
                 answer = self._ask(request)
             except FoundClosed:
                 result.reconnects += 1
+                self._worker.trace(started, 'closed')
             except TryFailed as failure:
                 result.errors[str(failure)] += 1
+                self._worker.trace(started, str(failure))
             except OSError as error:
                 result.errors[kind_of(error)] += 1
+                self._worker.trace(started, kind_of(error))
             else:
+                self._worker.trace(started, '')
                 if not self._worker.count(answer, expected, time.monotonic() - started):
                     self._close()
                 return

@@ -197,7 +197,7 @@ class Processes:
         for number in self._handlers:
             signal.signal(number, signal.SIG_IGN)  # we are about to end, and soon
         try:
-            self._stop_all()
+            self.stop()
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
@@ -212,7 +212,8 @@ class Processes:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
-    def _stop_all(self) -> None:
+    def stop(self) -> None:
+        """Stop all of them now, before the end of the block."""
         for process in reversed(self._started):
             process.send(signal.SIGTERM)
             process.send(signal.SIGCONT)  # one that hangs could not take the other
@@ -223,3 +224,4 @@ class Processes:
             except subprocess.TimeoutExpired:
                 process.kill()
             process.close()
+        self._started.clear()

@@ -275,6 +275,21 @@ def test_waiting_for_a_slot_ends_at_the_deadline() -> None:
         assert time.monotonic() - started < 3
 
 
+def test_time_spent_waiting_for_a_slot_is_taken_from_the_deadline() -> None:
+    with stubs(slow(0.9)) as (a,), ProxyProcess('-s', a.service + ':::5:1', '--deadline=1.5') as proxy:
+        held = []
+
+        def work(i: int) -> None:
+            with proxy.client() as client:
+                time.sleep(0.05 * i)
+                started = time.monotonic()
+                client.ask(request(instance=new_instance()))
+                held.append(time.monotonic() - started)
+
+        in_threads(3, work)
+        assert max(held) < 1.5 + 0.25, held
+
+
 def test_the_requests_of_a_message_share_a_server_connection() -> None:
     seen: dict[str, set[tuple[str, int]]] = {}
 
