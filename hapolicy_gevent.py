@@ -1430,9 +1430,9 @@ class Proxy:
         preferred = client.connection if instance and instance == client.instance else None
         seconds, fair = service.timeout, True
         if seconds >= remaining:
-            # one that hangs must leave time for another; the first to be asked had time enough to be judged
+            # one that hangs must leave time for another; who is asked with most of the deadline left may be judged
             seconds = remaining / 2 if self.balancer.others(tried) else remaining
-            fair = len(tried) == 1
+            fair = remaining > self._deadline / 2
         try:
             action, connection = pool.ask(request, preferred, seconds, fair)
         except ServiceFailure as failure:

@@ -94,17 +94,34 @@ def kind_of(error: OSError) -> str:
 def connect(where: str, seconds: float) -> socket.socket:
     """Return a connected non-blocking socket. Raises OSError."""
     if where.startswith('unix:'):
-        sock = gevent.socket.socket(socket.AF_UNIX)
-        sock.settimeout(seconds)
-        try:
-            sock.connect(where[5:])
-        except BaseException:
-            sock.close()
-            raise
-    else:
-        host, _, port = where.rpartition(':')
-        sock = gevent.socket.create_connection((host.strip('[]'), int(port)), timeout=seconds)
+        return connect_unix(where[5:], seconds)
+    host, _, port = where.rpartition(':')
+    # not gevent's own connect(): its resolver asks a thread even for a number, which costs more than to connect
+    sock = socket.socket(socket.AF_INET6 if host.startswith('[') else socket.AF_INET)
+    try:
+        sock.setblocking(False)
+        error = sock.connect_ex((host.strip('[]'), int(port)))
+        if error == errno.EINPROGRESS:
+            gevent.socket.wait_write(sock.fileno(), seconds, TimeoutError())
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def connect_unix(path: str, seconds: float) -> socket.socket:
+    """Return a connected non-blocking unix socket. Raises OSError."""
+    sock = gevent.socket.socket(socket.AF_UNIX)
+    sock.settimeout(seconds)
+    try:
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
     plain = socket.socket(fileno=sock.detach())
     plain.setblocking(False)
     return plain
@@ -206,7 +223,7 @@ class Worker:
         return True
 
     def trace(self, began: float, kind: str) -> None:
-        """Keep a try of a request that began at a monotonic second, '' or the kind of error, if the plan asks for it."""
+        """Keep a try that began at a monotonic second, and '' or the kind of its error, if the plan asks for it."""
         if self.plan.trace:
             now = time.monotonic()
             self.result.trace.append((now - self.started, now - began, kind))
