@@ -405,6 +405,7 @@ class Service:
         self.learned, self.starved_at = maximum, -RELEARN_LAST  # what it seems to serve at most, and when that was seen
         self.raise_at = self.raise_wait = 0.0
         self.cap, self.limit = maximum, 1
+        self.clogged = False  # a request waited for it in vain, and it has answered nothing since
         self.quiet_since = 0.0  # last answer, or when the first of those in flight was sent
         self.fails, self.failed_instance = 0, b''
         self.probe_at, self.backoff = 0.0, PROBE_FIRST
@@ -463,6 +464,7 @@ class Service:
             return ''
         self.quiet_since = now
         self.fails = 0
+        self.clogged = False
         return '' if self.state is UP else self._turn(UP, 'answered again', now)
 
     def fail(self, reason: str, instance: bytes, generation: int, now: float) -> str:
@@ -503,7 +505,7 @@ class Service:
 
     def _turn(self, state: str, why: str, now: float) -> str:
         lasted = f' (was {self.state} for {now - self.since:.1f}s)' if self.since else ''
-        self.state, self.since = state, now
+        self.state, self.since, self.clogged = state, now, False
         if state is UP:
             self.fails = 0
         self.resize()
@@ -588,7 +590,7 @@ class Balancer:
         """
         if instance:
             bound = self._young.get(instance) or self._old.get(instance)
-            if (bound is not None and bound.in_flight + bound.waiting < bound.cap
+            if (bound is not None and bound.in_flight + bound.waiting < (bound.limit if bound.clogged else bound.cap)
                     and bound not in tried and not bound.stalled(now)):  # fmt: skip
                 return bound
         for stalled_too in (False, True):
@@ -603,7 +605,8 @@ class Balancer:
     def _turn(group: Sequence[Service], tried: Sequence[Service], now: float, stalled_too: bool) -> Service | None:
         best, total = None, 0
         for service in group:
-            if service.in_flight + service.waiting >= service.cap or service in tried:
+            room = service.limit if service.clogged else service.cap
+            if service.in_flight + service.waiting >= room or service in tried:
                 continue
             if service.in_flight and now - service.quiet_since > service.stall and not stalled_too:
                 continue  # stalled(), without the call
@@ -1419,6 +1422,8 @@ class Proxy:
             if slot is not None:
                 self.balancer.bind(instance, slot[0])
                 return slot
+            if service is not None:
+                service.clogged = True  # the next ones are not to wait as long
             now = time.monotonic()
         return None
 

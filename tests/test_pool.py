@@ -196,6 +196,30 @@ def test_i6_a_client_that_pipelines_without_end_stops_nobody() -> None:
         assert sorted(held)[4] < 0.1, held
 
 
+def test_a_hung_service_makes_few_requests_wait() -> None:
+    with stubs(echo, echo) as (a, b), ProxyProcess('-s', a.service, '-s', b.service) as proxy:
+        clients = [proxy.client() for _ in range(40)]
+        in_threads(3, lambda i: [clients[i].ask_own() for _ in range(20)])
+        a.behaviour = hang
+        held: list[float] = []
+
+        def work(i: int) -> None:
+            for _ in range(20):
+                started = time.monotonic()
+                clients[i].send(request(instance=new_instance()))
+                clients[i].sock.settimeout(1.5)
+                try:
+                    clients[i].read_answer()
+                except TimeoutError:
+                    return  # one that the hung service has already
+                held.append(time.monotonic() - started)
+
+        in_threads(40, work)
+        assert len(held) > 400
+        # those that came before the first had waited in vain; without that memory it would be half of all
+        assert sum(seconds > 0.09 for seconds in held) <= 80, sorted(held)[-100:]
+
+
 def test_idle_connections_are_few_after_a_burst() -> None:
     with stubs(slow(0.2)) as (a,), ProxyProcess('-s', a.service) as proxy:
         clients = [proxy.client() for _ in range(60)]
