@@ -296,7 +296,8 @@ def parse_answer(data: bytes, closed: bool = False) -> bytes | None:
     """
     if len(data) > MAX_MESSAGE:
         raise InvalidAnswer(f'an answer over {MAX_MESSAGE} bytes')
-    usual = USUAL_ANSWER(data)
+    # looked for at the end first: the pattern would try every place of a long answer that is not complete
+    usual = USUAL_ANSWER(data) if data.endswith(b'\n\n') else None
     if usual is not None:
         return usual[1]
     end = end_of_message(data)
