@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -377,6 +378,44 @@ def test_a_server_host_that_swallows_packets_costs_its_timeouts_and_no_more() ->
             time.sleep(2)
         assert clients.shares(0)['default'] == 0
         assert clients.longest(since) < 1 + 1.5 * SCALE
+
+
+@pytest.mark.needs_root
+def test_a_server_that_stays_down_is_probed_at_growing_distances_and_is_found_again(tmp_path: Path) -> None:
+    name = f'hapolicydown{os.getpid()}'
+    inside = ('ip', 'netns', 'exec', name)
+
+    def refused() -> int:  # connections of this network namespace that failed: the proxy's alone
+        table = subprocess.run([*inside, 'cat', '/proc/net/snmp'], capture_output=True, text=True, check=True).stdout
+        heads, values = (line.split() for line in table.splitlines() if line.startswith('Tcp:'))
+        return int(values[heads.index('AttemptFails')])
+
+    with contextlib.ExitStack() as after:
+        after.callback(lambda: subprocess.run(['ip', 'netns', 'del', name], check=False))
+        subprocess.run(['ip', 'netns', 'add', name], check=True)
+        subprocess.run(['ip', '-n', name, 'link', 'set', 'lo', 'up'], check=True)
+        where = f'{tmp_path}/proxy'
+        proxy = after.enter_context(ProxyProcess('-s', 'A=127.0.0.1:10031', f'--listen=unix:{where}', before=inside))
+        with PostfixClient(where) as client:
+            assert client.ask_own() == 'default'
+            seen, times = refused(), [time.monotonic()]
+            while len(times) < 5:  # after 1 s, 2, 4 and 8
+                assert time.monotonic() - times[-1] < 20, times
+                if (now := refused()) > seen:
+                    assert now == seen + 1, 'one probe at a time'
+                    seen = now
+                    times.append(time.monotonic())
+                assert client.ask_own() == 'default'
+                time.sleep(0.05)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        for gap, wanted in zip(gaps, [1, 2, 4, 8], strict=True):
+            assert 0.8 * wanted - 0.3 < gap < 1.2 * wanted + 0.7 * SCALE, gaps
+        server = subprocess.Popen([*inside, sys.executable, '-c', SERVER, '10031', 'A'])
+        after.callback(server.wait)
+        after.callback(server.kill)
+        proxy.logged('is trial', 25)
+        with PostfixClient(where) as client:
+            assert [client.ask_own() for _ in range(20)] == ['A'] * 20
 
 
 def test_thousands_of_idle_clients_cost_little() -> None:
