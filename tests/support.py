@@ -387,7 +387,7 @@ def in_threads(number: int, work: Callable[[int], T]) -> list[T]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120 * SCALE)
+        thread.join(400 * SCALE)
         assert not thread.is_alive(), 'a client still waits'
     if errors:
         raise errors[0]
