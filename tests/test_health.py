@@ -82,7 +82,7 @@ def test_probes_come_at_growing_distances_and_forever() -> None:
         now = one.probe_at
         one.probe_failed(now)
     for wanted, distance in zip([1, 2, 4, 8, 16, *[PROBE_LAST] * 7], distances, strict=True):
-        assert 0.8 * wanted <= distance <= 1.2 * wanted
+        assert 0.799 * wanted <= distance <= 1.201 * wanted
     assert len(set(distances)) > 6, 'jitter'
 
 
@@ -106,7 +106,7 @@ def test_a_failed_trial_waits_twice_as_long_for_the_next_probe() -> None:
     for wanted in (2, 4, 8):
         one.probe_connected(10)
         assert 'is down' in fail(one, LATE, 10)
-        assert 0.8 * wanted <= one.probe_at - 10 <= 1.2 * wanted
+        assert 0.799 * wanted <= one.probe_at - 10 <= 1.201 * wanted
 
 
 def test_what_was_in_flight_when_it_went_down_no_longer_counts() -> None:
@@ -241,7 +241,7 @@ class Model(RuleBasedStateMachine):
     def every_down_service_is_tried_again(self) -> None:
         for one in self.services:
             if one.state is DOWN:
-                assert one.probe_at <= self.now + 1.2 * PROBE_LAST
+                assert one.probe_at <= self.now + 1.201 * PROBE_LAST
 
 
 TestModel = Model.TestCase
