@@ -493,7 +493,12 @@ class Service:
         return self._turn(DOWN, reason + times, now)
 
     def _schedule_probe(self, now: float) -> None:
-        self.probe_at = now + self.backoff * (0.8 + 0.4 * os.urandom(1)[0] / 255)
+        self.probe_at = now + self.backoff * self.jitter()
+
+    @staticmethod
+    def jitter() -> float:
+        """Return a factor from 0.8 to 1.2: proxies that saw one server die are not to probe it together."""
+        return 0.8 + 0.4 * os.urandom(1)[0] / 255
 
     def probe_failed(self, now: float) -> None:
         """Note that a probe could not connect: wait twice as long for the next."""
