@@ -718,6 +718,12 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
 Line: TypeAlias = 'tuple[int, str]'
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write to stdout or stderr in a thread: whatever reads the other end may stop reading. Raises OSError."""
+    while data:
+        data = data[gevent.get_hub().threadpool.apply(os.write, (fd, data)) :]
+
+
 class StreamSink:
     """Writes log lines to a descriptor: stdout for -L, or stderr where there is no syslog."""
 
@@ -727,11 +733,8 @@ class StreamSink:
     def write(self, lines: Sequence[Line]) -> int:
         """Write lines; return how many are lost."""
         text = ''.join([f'[LOG {LEVELS[level]}]: {text}\n' for level, text in lines])
-        data = text.encode('utf-8', 'backslashreplace')
         try:
-            # in a thread: whatever reads the other end may stop reading
-            while data:
-                data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
+            write_all(self._fd, text.encode('utf-8', 'backslashreplace'))
         except OSError:
             return len(lines)
         return 0
@@ -1842,8 +1845,7 @@ def pump_out(far: socket.socket) -> None:
     """Pass the answers on to stdout."""
     try:
         while data := far.recv(RECEIVE):
-            while data:
-                data = data[gevent.get_hub().threadpool.apply(os.write, (1, data)) :]
+            write_all(1, data)
     except OSError:  # nobody reads: nobody is to be asked
         far.close()
 

@@ -21,5 +21,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope='session', autouse=True)
-def _no_proxies_left_over() -> None:
+def _the_module_is_here() -> None:
     assert support.MODULE.exists()
