@@ -44,6 +44,11 @@ Server options:
                           gets no new ones if another is up [default: 5]
   --grace=SECONDS         time to finish after SIGTERM or SIGINT [default: 30]
   --reuse-port            let a new process listen beside this one, to replace it
+  --status=WHERE          serve a status page, /status.json, /metrics and /health
+                          by HTTP: 127.0.0.1:10069, [::1]:10069 or unix:/path
+  --summary=SECONDS       log a summary so often while there are requests,
+                          0: never [default: 60]
+  --check-services        ask each service once, tell what it answered, and end
 
 Signals:
   SIGTERM, SIGINT         stop accepting, answer what is in flight, close each
@@ -53,12 +58,15 @@ Exit status:
   0  ended by the client, or every answer was given after a signal
   1  could not listen, or ended before every answer was given
   2  the command line cannot be used; one line on stderr says why
+  With --check-services: 0 if every service answered, 1 if not
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
+import operator
 import os
 import re
 import resource
@@ -69,8 +77,10 @@ import stat
 import sys
 import time
 import warnings
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import gevent
@@ -126,6 +136,15 @@ MAX_INSTANCE = 128
 LINGER = 1.0
 #: Seconds a request waits for a service that grows, before it asks the next: one that is well grows in a few ms.
 PATIENCE = 0.1
+
+#: HTTP connections served at once, the seconds each may last, and bytes of a request's headers.
+STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
+#: Seconds for which what was built for one is given to others too.
+STATUS_FRESH = 0.25
+#: Seconds between two samples of the counters, and how many are kept: ten minutes.
+SAMPLE_SECONDS, SAMPLES = 5.0, 121
+#: Seconds that the rate on the status page looks back, and its shares and quantiles.
+RATE_SECONDS, SHARE_SECONDS = 10.0, 60.0
 
 #: Connections the kernel holds for us: a `postfix reload` brings them all at once.
 BACKLOG = 1024
@@ -325,6 +344,48 @@ FAILURES = (REFUSED, UNREACHABLE, LATE, INVALID, DROPPED, STARVED, DEADLINE, DES
 
 UP, TRIAL, DOWN = 'up', 'trial', 'down'
 
+#: What an action does to a mail, for counting: access(5) names many.
+OK, REJECT, DEFER, PREPEND, OTHER = VERDICTS = ('ok', 'reject', 'defer', 'prepend', 'other')
+VERDICT_OF = {b'dunno': OK, b'ok': OK, b'permit': OK, b'reject': REJECT, b'defer': DEFER, b'defer_if_permit': DEFER,
+              b'defer_if_reject': DEFER, b'prepend': PREPEND}  # fmt: skip
+
+
+def verdict(action: bytes) -> str:
+    """Return which of VERDICTS an action is; a reply code counts as its class (access(5))."""
+    word = action.split(None, 1)[0].lower()
+    known = VERDICT_OF.get(word)
+    if known is None:
+        code = re.match(rb'([45])[0-9][0-9](\.|$)', word)
+        known = OTHER if code is None else REJECT if code[1] == b'5' else DEFER
+    return known
+
+
+class Latency:
+    """A histogram of seconds: ten steps for each power of ten (R10 of ISO 3), so 1-2-5 are among its bounds."""
+
+    #: Upper bounds in seconds, 0.1 ms to 100 s; a last count holds what took longer.
+    BOUNDS = (*(step * 10.0**power for power in range(-4, 2) for step in (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)),
+              100.0)  # fmt: skip
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)
+        self.sum = 0.0  #: of all seconds
+
+    def add(self, seconds: float) -> None:
+        """Count one query."""
+        self.counts[bisect_left(self.BOUNDS, seconds)] += 1
+        self.sum += seconds
+
+    @classmethod
+    def quantile(cls, counts: Sequence[int], part: float) -> float | None:
+        """Return the bound in seconds that so large a part of what was counted keeps to; None of nothing."""
+        rank = part * sum(counts)
+        for bound, seen in zip((*cls.BOUNDS, math.inf), accumulate(counts), strict=True):
+            if seen >= rank > 0:
+                return bound
+        return None
+
+
 HOST_NAME = re.compile(r'(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?')
 
 
@@ -413,6 +474,9 @@ class Service:
         self.stalled_seen = False
         self.queries = self.answers = 0
         self.failures = dict.fromkeys(FAILURES, 0)
+        self.verdicts = dict.fromkeys(VERDICTS, 0)  # of its answers
+        self.latency = Latency()  # of its answers, from the request to the answer
+        self.why = 'not asked yet'  # it is in its state
 
     def __repr__(self) -> str:
         return f'<Service {self.name} {self.state}, {self.in_flight}+{self.waiting} of {self.limit}/{self.cap}>'
@@ -511,7 +575,7 @@ class Service:
 
     def _turn(self, state: str, why: str, now: float) -> str:
         lasted = f' (was {self.state} for {now - self.since:.1f}s)' if self.since else ''
-        self.state, self.since, self.clogged = state, now, False
+        self.state, self.since, self.why, self.clogged = state, now, why, False
         if state is UP:
             self.fails = 0
         self.resize()
@@ -678,6 +742,35 @@ class Statistics:
     def __str__(self) -> str:
         counted = [f'{name}: {getattr(self, name)}' for name, _ in COUNTERS]
         return ', '.join([*counted, f'defaults: {sum(self.defaults.values())}'])
+
+
+class Summary:
+    """What happened since the last one, in a line for the log."""
+
+    def __init__(self, statistics: Statistics, services: Sequence[Service]) -> None:
+        self._statistics, self._services = statistics, services
+        self._since = time.monotonic()
+        self._last = self._counted()
+
+    def _counted(self) -> list[int]:
+        statistics = self._statistics
+        latencies = [count for service in self._services for count in service.latency.counts]
+        failed = sum(service.failed for service in self._services)
+        return [statistics.requests, statistics.answers, sum(statistics.defaults.values()), failed, *latencies]
+
+    def line(self) -> str:
+        """Return the line, '' if there was no request."""
+        counted, now = self._counted(), time.monotonic()
+        requests, answers, defaults, failures, *latencies = map(operator.sub, counted, self._last)
+        lasted, self._since, self._last = now - self._since, now, counted
+        if not requests:
+            return ''
+        each = len(Latency.BOUNDS) + 1
+        slowest = [Latency.quantile(latencies[i : i + each], 0.99) for i in range(0, len(latencies), each)]
+        told = [f'{service.name} ' + ('-' if p99 is None else f'{p99 * 1000:.4g} ms')
+                for service, p99 in zip(self._services, slowest, strict=True)]  # fmt: skip
+        return (f'summary of {lasted:.0f}s, requests: {requests}, answers: {answers}, defaults: {defaults}, '
+                f'failures: {failures}, p99: {", ".join(told)}')  # fmt: skip
 
 
 class Decision:
@@ -1061,7 +1154,7 @@ class Pool:
         self._settled = False  # SETTLE has shown that the service answers once
         self._lying = False  # it sent what nobody asked for: no connection is used twice
 
-    def _connect(self) -> Connection:
+    def open(self) -> Connection:
         """Open a connection. Raises ServiceFailure."""
         if self._tell.verbose:
             self._tell(INFO, f"Opening socket to '{self.service.name}' ({self.service.where})")
@@ -1107,14 +1200,14 @@ class Pool:
         answered = False
         timer.start()
         try:
-            connection = self._take(preferred) or self._connect()
+            connection = self._take(preferred) or self.open()
             try:
                 action = connection.exchange(request)
             except StaleConnection:
                 # normal: many servers hang up after so many answers or so much idle time
                 self._queue.statistics.retries += 1
                 self.discard(connection)
-                connection = self._connect()
+                connection = self.open()
                 action = connection.exchange(request)
             answered = True
             return action, connection
@@ -1282,6 +1375,7 @@ class Queue:
 # Proxy
 # ---------------------------------------------------------------------------
 
+
 class Client(Wire):
     """A Postfix connection: requests in, answers out, in order."""
 
@@ -1447,6 +1541,7 @@ class Proxy:
             # one that hangs must leave time for another; who is asked with most of the deadline left may be judged
             seconds = remaining / 2 if self.balancer.others(tried) else remaining
             fair = remaining > self._deadline / 2
+        asked = time.monotonic()
         try:
             action, connection = pool.ask(request, preferred, seconds, fair)
         except ServiceFailure as failure:
@@ -1461,6 +1556,8 @@ class Proxy:
             raise internal from error
         client.instance, client.connection = instance, connection
         now = time.monotonic()
+        service.verdicts[verdict(action)] += 1
+        service.latency.add(now - asked)
         note = service.answered(generation, now)
         if note:
             self._note(service, note)
@@ -1582,6 +1679,15 @@ class Proxy:
                 self._defaults_told += given
                 self._log(WARNING, f"Default action '{printable(self._default)}' given {given} times: {NO_SERVICE}")
 
+    def summarize(self, seconds: float) -> None:
+        """Log a summary so often, for ever; 'inf' of a latency is over the last bound, 100 s."""
+        summary = Summary(self.statistics, list(self.pools))
+        while True:
+            gevent.sleep(seconds)
+            line = summary.line()
+            if line:
+                self._log(NOTICE, line)
+
     def _watch_stall(self, service: Service, now: float) -> None:
         stalled = service.stalled(now)
         if stalled:
@@ -1590,6 +1696,463 @@ class Proxy:
             service.stalled_seen = stalled
             state = f'stalled: {service.in_flight} requests and no answer' if stalled else 'no longer stalled'
             self._log(WARNING, f'[{service.name}] ({service.where}) is {state}')
+
+
+# ---------------------------------------------------------------------------
+# Status endpoint. What only it needs is imported when it starts: under spawn(8) nobody pays for it.
+# ---------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """The counters of one service at one moment."""
+
+    when: float  # monotonic seconds
+    answers: int
+    failed: int
+    counts: list[int]  # of its Latency
+
+
+class History:
+    """The last ten minutes of one service, sampled: requests pay nothing for it."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._samples = deque([self._now()], maxlen=SAMPLES)
+
+    def _now(self) -> Sample:
+        service = self._service
+        return Sample(time.monotonic(), service.answers, service.failed, service.latency.counts.copy())
+
+    def take(self) -> None:
+        """Keep a sample, and forget the oldest of ten minutes."""
+        self._samples.append(self._now())
+
+    def lately(self, seconds: float) -> Sample:
+        """Return what was counted in the last so many seconds, up to one sample more; `when` is how long that is.
+
+        All there is, while the history is shorter.
+        """
+        now = self._now()
+        base = next((old for old in reversed(self._samples) if now.when - old.when >= seconds), self._samples[0])
+        counts = [after - before for after, before in zip(now.counts, base.counts, strict=True)]
+        return Sample(now.when - base.when, now.answers - base.answers, now.failed - base.failed, counts)
+
+    def steps(self) -> dict[str, list[int]]:
+        """Return how many answers and failures each interval between two samples had, the oldest first."""
+        samples = list(self._samples)
+        pairs = list(pairwise(samples))
+        return {
+            'answers': [after.answers - before.answers for before, after in pairs],
+            'failed': [after.failed - before.failed for before, after in pairs],
+        }
+
+
+def lasting(seconds: float) -> str:
+    """Return a time as a person says it: '12 s', '3 min', '2 h 5 min', '3 d 4 h'."""
+    minutes = int(seconds) // 60
+    if minutes < 1:
+        return f'{int(seconds)} s'
+    if minutes < 60:
+        return f'{minutes} min'
+    hours = minutes // 60
+    return f'{hours} h {minutes % 60} min' if hours < 48 else f'{hours // 24} d {hours % 24} h'
+
+
+def clock(when: float) -> str:
+    """Return a unix time as the server's clock shows it, with its date if that was another day."""
+    there = time.localtime(when)
+    today = there[:3] == time.localtime()[:3]
+    return time.strftime('%H:%M' if today else '%Y-%m-%d %H:%M', there)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Return a quantile for people: a bound that so many answers keep to."""
+    return '-' if seconds is None else f'{seconds * 1000:g} ms' if seconds < 1 else f'{seconds:g} s'
+
+
+class Status:
+    """What the proxy tells of itself by HTTP: a WSGI application that only reads counters.
+
+    /             the page for people, renewed every 2 s from status.json
+    /status.json  all of it for programs, described at data()
+    /metrics      for Prometheus, if its client library is installed; 501 if not
+    /health       200 'ok' while a service is up and no drain has begun; else 503 and why, in one line
+
+    The Host header is not looked at: there is nothing here to change and no secret to read, and a
+    reverse proxy may give it any name. Who may read it is who can reach the address.
+    """
+
+    def __init__(self, proxy: Proxy, default: bytes, log: Log) -> None:
+        import base64
+        import hashlib
+
+        self._proxy, self._default, self._log = proxy, printable(default), log
+        self._services = proxy.balancer.services
+        self._started = time.monotonic()
+        self._histories = {service: History(service) for service in self._services}
+        self._given = deque([(self._started, 0)], maxlen=SAMPLES)  # default actions, as the histories
+        self._fresh: dict[str, tuple[float, bytes]] = {}
+        self._registry = metrics_registry(self)
+        hashes = {
+            tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            for tag, text in re.findall(r'<(style|script)>(.*?)</\1>', STATUS_PAGE, re.DOTALL)
+        }
+        policy = (f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}';"
+                  " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+                  " frame-ancestors 'none'")  # fmt: skip
+        self.headers = [
+            ('Content-Security-Policy', policy),
+            ('X-Content-Type-Options', 'nosniff'),
+            ('Referrer-Policy', 'no-referrer'),
+            ('Cache-Control', 'no-store'),
+            ('Cross-Origin-Resource-Policy', 'same-origin'),
+            ('Connection', 'close'),
+        ]
+        gevent.spawn(self._sample)
+
+    def _sample(self) -> None:
+        while True:
+            gevent.sleep(SAMPLE_SECONDS)
+            for history in self._histories.values():
+                history.take()
+            self._given.append((time.monotonic(), sum(self._proxy.statistics.defaults.values())))
+
+    # -- HTTP
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        method = environ['REQUEST_METHOD']
+        code, kind, body = '405 Method Not Allowed', 'text/plain', b'only GET and HEAD are answered\n'
+        if method in ('GET', 'HEAD'):
+            code, kind, body = self._answer(environ['PATH_INFO'])
+        headers = [('Content-Type', f'{kind}; charset=utf-8'), ('Content-Length', str(len(body))), *self.headers]
+        if code.startswith('405'):
+            headers.append(('Allow', 'GET, HEAD'))
+        start_response(code, headers)
+        return [] if method == 'HEAD' else [body]
+
+    def _answer(self, path: str) -> tuple[str, str, bytes]:
+        """Return status, type and body for a path."""
+        if path == '/':
+            return '200 OK', 'text/html', self._kept(path, self._page)
+        if path == '/status.json':
+            return '200 OK', 'application/json', self._kept(path, self._json)
+        if path == '/health':
+            ill = self.ill()
+            return ('503 Service Unavailable' if ill else '200 OK'), 'text/plain', f'{ill or "ok"}\n'.encode()
+        if path != '/metrics':
+            return '404 Not Found', 'text/plain', b'there are /, /status.json, /metrics and /health\n'
+        if self._registry is None:
+            return '501 Not Implemented', 'text/plain', NO_PROMETHEUS
+        return '200 OK', 'text/plain; version=0.0.4', self._kept(path, self._metrics)
+
+    def _kept(self, path: str, build: Callable[[], bytes]) -> bytes:
+        """Return a body, built anew four times a second at most: mail does not pay for who asks too often."""
+        until, body = self._fresh.get(path, (0.0, b''))
+        if time.monotonic() >= until:
+            body = build()
+            self._fresh[path] = time.monotonic() + STATUS_FRESH, body
+        return body
+
+    def ill(self) -> str:
+        """Return why no new client should be sent here, '' if there is no reason."""
+        if self._proxy.draining:
+            return 'draining'
+        up = any(service.state is UP for service in self._services)
+        return '' if up else f"no service is up: '{self._default}' is given to every request"
+
+    def _json(self) -> bytes:
+        import json
+
+        return json.dumps(self.data(), separators=(',', ':'), allow_nan=False).encode()
+
+    def _metrics(self) -> bytes:
+        from prometheus_client import generate_latest
+
+        assert self._registry is not None
+        return bytes(generate_latest(self._registry))
+
+    def _page(self) -> bytes:
+        """Return the page, with what a browser without JavaScript is to show."""
+        from html import escape
+
+        data = self.data()
+        lines = [
+            f'{s["name"]} ({s["address"]}): {"stalled" if s["stalled"] else s["state"]} since {clock(s["since"])}, '
+            f'{s["why"]}; in flight {s["in_flight"]} of {s["max"]}; {s["requests_per_second"]:g} requests/s; '
+            f'p99 {milliseconds(s["p99"])}; answers {s["answers"]}, failed {s["failed"]}'
+            for s in data['services']
+        ]
+        filled = {'@LEVEL@': data['headline']['level'], '@HEADLINE@': data['headline']['text'],
+                  '@LINES@': '\n'.join(lines)}  # fmt: skip
+        page = re.sub('@[A-Z]+@', lambda found: escape(filled[found[0]]), STATUS_PAGE)
+        return page.encode('utf-8', 'backslashreplace')
+
+    # -- what is told
+
+    def data(self) -> dict[str, Any]:
+        """Return the content of /status.json. Within version 1 fields may be added, none changes or goes.
+
+        version: 1; program: of hapolicy; pid
+        time, started: unix seconds; uptime: seconds; utc_offset: seconds, of the server's local time
+        draining: whether no new client is accepted
+        headline: level (ok, warning: something to look at, bad: no service is up) and text, a sentence or two
+        default: the default action
+        requests, answers, redispatches, retries, clients: counted since the start
+        clients_connected: now
+        defaults, refused: by reason, how many default actions were given and clients' connections closed
+        log_lines_lost: since the start
+        step: seconds between two samples of a history
+        services: in order of prio, each with
+          name, address, prio, weight; timeout: seconds; max: requests in flight at most
+          learned_max: fewer, when it seems to serve no more; else null
+          state: up, trial (one request at a time until one is answered) or down
+          stalled: whether requests are in flight and none was answered for --stall seconds
+          since: unix seconds, of its state; lasting: seconds since then; why: it is in its state
+          in_flight, waiting, idle_connections: now
+          queries, answers, failed: since the start; verdicts: its answers by class; failures: by reason
+          requests_per_second: answered or failed in the last 10 s
+          share: of all services' answers in the last minute, 0 to 1; null without any
+          p50, p95, p99: seconds that so large a part of its answers in the last minute took at most, a bound of
+            Latency (100 also stands for more); null without any
+          history: answers and failed, a count for each step of the last ten minutes, the oldest first
+        """
+        now, wall = time.monotonic(), time.time()
+        statistics = self._proxy.statistics
+        minute = {service: history.lately(SHARE_SECONDS) for service, history in self._histories.items()}
+        answers = sum(sample.answers for sample in minute.values())
+        level, text = self.headline(now, wall)
+        return {
+            'version': 1, 'program': __version__, 'pid': os.getpid(),
+            'time': round(wall, 3), 'started': round(wall - (now - self._started), 3),
+            'uptime': round(now - self._started, 3), 'utc_offset': time.localtime(wall).tm_gmtoff,
+            'draining': self._proxy.draining, 'headline': {'level': level, 'text': text}, 'default': self._default,
+            **{name: getattr(statistics, name) for name, _ in COUNTERS},
+            'clients_connected': len(self._proxy.clients),
+            'defaults': statistics.defaults, 'refused': statistics.refused, 'log_lines_lost': self._log.lost,
+            'step': SAMPLE_SECONDS,
+            'services': [self._service(service, minute[service], answers, now, wall) for service in self._services],
+        }  # fmt: skip
+
+    def _service(self, service: Service, minute: Sample, answers: int, now: float, wall: float) -> dict[str, Any]:
+        recent = self._histories[service].lately(RATE_SECONDS)
+        parts = {'p50': 0.5, 'p95': 0.95, 'p99': 0.99}
+        slow = {name: Latency.quantile(minute.counts, part) for name, part in parts.items()}
+        since = self._since(service)
+        return {
+            'name': service.name, 'address': service.where, 'prio': service.prio, 'weight': service.weight,
+            'timeout': service.timeout, 'max': service.max,
+            'learned_max': service.learned if service.learned < service.max else None,
+            'state': service.state, 'stalled': service.stalled(now),
+            'since': round(wall - (now - since), 3), 'lasting': round(now - since, 3), 'why': self._why(service),
+            'in_flight': service.in_flight, 'waiting': service.waiting,
+            'idle_connections': len(self._proxy.pools[service].idle),
+            'queries': service.queries, 'answers': service.answers, 'failed': service.failed,
+            'verdicts': service.verdicts, 'failures': service.failures,
+            # of the first moments as if of a second
+            'requests_per_second': round((recent.answers + recent.failed) / max(1.0, recent.when), 2),
+            'share': round(minute.answers / answers, 4) if answers else None,
+            **{name: None if bound is None else min(bound, Latency.BOUNDS[-1]) for name, bound in slow.items()},
+            'history': self._histories[service].steps(),
+        }  # fmt: skip
+
+    def _since(self, service: Service) -> float:
+        """Return when a service came into its state; one that never changed has it since the start."""
+        return service.since or self._started
+
+    @staticmethod
+    def _why(service: Service) -> str:
+        return service.why if service.since or not service.queries else 'never down'
+
+    def headline(self, now: float, wall: float) -> tuple[str, str]:
+        """Return how bad it is (ok, warning, bad), and in words which service, since when, why and what it cost."""
+        down = [service for service in self._services if service.state is not UP]
+        said = [self._trouble(service, now, wall) for service in [*down, *self._stalled(now)]]
+        level = 'bad' if len(down) == len(self._services) else 'warning' if said else 'ok'
+        if len(said) > 3:
+            said[3:] = [f'{len(said) - 3} more are not well.']
+        if level == 'bad' and len(down) > 1:
+            said.insert(0, 'No service is up.')
+        if not said:
+            count = len(self._services)
+            said.append(f'All {count} services are up.' if count > 1 else f'{self._services[0].name} is up.')
+        if self._proxy.draining:
+            level = 'bad' if level == 'bad' else 'warning'
+            said.insert(0, f'Draining: no new client is accepted, {len(self._proxy.clients)} are connected.')
+        given = sum(self._proxy.statistics.defaults.values()) - self._given[0][1]
+        if given or level != 'ok':
+            level = 'warning' if level == 'ok' else level
+            said.append(self._cost(given, now))
+        return level, ' '.join(said)
+
+    def _stalled(self, now: float) -> list[Service]:
+        return [service for service in self._services if service.state is UP and service.stalled(now)]
+
+    def _trouble(self, service: Service, now: float, wall: float) -> str:
+        """Return a sentence about a service that is down, on trial or stalled."""
+        if service.state is UP:
+            silent = lasting(now - service.quiet_since)
+            return f'{service.name} is stalled: {service.in_flight} in flight and no answer for {silent}.'
+        lasted = now - self._since(service)
+        state = 'on trial' if service.state is TRIAL else service.state
+        return f'{service.name} is {state} since {clock(wall - lasted)} (for {lasting(lasted)}): {service.why}.'
+
+    def _cost(self, given: int, now: float) -> str:
+        """Return a sentence about the default actions given lately."""
+        whole = len(self._given) == SAMPLES
+        when = f'in the last {(now - self._given[0][0]) / 60:.0f} minutes' if whole else 'since the start'
+        many = {0: 'No request', 1: '1 request'}.get(given, f'{given} requests')
+        return f"{many} got the default action '{self._default}' {when}."
+
+    # -- metrics
+
+    def collect(self) -> Iterable[Any]:
+        """Yield the metric families, as prometheus_client asks a collector to."""
+        yield from self._of_proxy()
+        yield from self._of_services()
+
+    def _of_proxy(self) -> Iterable[Any]:
+        from prometheus_client.core import CounterMetricFamily as Counter
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        statistics = self._proxy.statistics
+        for name, text in COUNTERS:
+            if name != 'answers':  # told by service
+                yield Counter(f'hapolicy_{name}', text, value=getattr(statistics, name))
+        for name, text, counts in (
+            ('defaults', 'default actions given', statistics.defaults),
+            ('refused', 'client connections closed for what the client did', statistics.refused),
+        ):
+            family = Counter(f'hapolicy_{name}', text, labels=['reason'])
+            for reason, count in counts.items():
+                family.add_metric([reason], count)
+            yield family
+        yield Counter('hapolicy_log_lines_lost', 'log lines that could not be written', value=self._log.lost)
+        yield Gauge('hapolicy_clients', 'clients connected', value=len(self._proxy.clients))
+        build = Gauge('hapolicy_build_info', 'always 1; the version is its label', labels=['version'])
+        build.add_metric([__version__], 1)
+        yield build
+        started = time.time() - (time.monotonic() - self._started)
+        yield Gauge('hapolicy_start_time_seconds', 'unix time of the start', value=round(started, 1))
+
+    def _of_services(self) -> Iterable[Any]:
+        from prometheus_client.core import CounterMetricFamily as Counter
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+        from prometheus_client.core import HistogramMetricFamily as Histogram
+
+        answers = Counter('hapolicy_answers', 'answers by what they do to the mail', labels=['service', 'verdict'])
+        failures = Counter('hapolicy_failures', 'queries without a usable answer', labels=['service', 'reason'])
+        seconds = Histogram('hapolicy_query_seconds', 'time to each answer', labels=['service'])
+        for service in self._services:
+            for kind, count in service.verdicts.items():
+                answers.add_metric([service.name, kind], count)
+            for reason, count in service.failures.items():
+                failures.add_metric([service.name, reason], count)
+            seconds.add_metric([service.name], buckets(service.latency), service.latency.sum)
+        yield from (answers, failures, seconds)
+        now = time.monotonic()
+        for name, text, value in (
+            ('up', '1 if it is up; 0 on trial or down', lambda service: service.state is UP),
+            ('stalled', '1 if requests are in flight and none was answered for --stall', lambda s: s.stalled(now)),
+            ('in_flight', 'requests in flight', lambda service: service.in_flight),
+            ('max', 'requests in flight at most, as set or as learned', lambda s: min(s.max, s.learned)),
+            ('idle_connections', 'idle connections', lambda service: len(self._proxy.pools[service].idle)),
+        ):  # fmt: skip
+            family = Gauge(f'hapolicy_service_{name}', text, labels=['service'])
+            for service in self._services:
+                family.add_metric([service.name], value(service))
+            yield family
+
+
+#: The body of /metrics where the client library is missing.
+NO_PROMETHEUS = b"""\
+The Prometheus client library is not installed. Either of these does it, then restart hapolicy:
+  pip install 'hapolicy-gevent[metrics]'
+  apt-get install python3-prometheus-client
+"""
+
+
+def metrics_registry(collector: Any) -> Any:
+    """Return a registry of this collector alone, None without the client library.
+
+    It is loaded here, at the start: in the first scrape it would hold up mail for 0.1 s.
+    """
+    try:
+        from prometheus_client import CollectorRegistry
+    except ImportError:
+        return None
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return registry
+
+
+def buckets(latency: Latency) -> list[tuple[str, int]]:
+    """Return a histogram as Prometheus has it: cumulative, here with 1-2-5 bounds."""
+    seen = list(accumulate(latency.counts))
+    bounds = [f'{bound:g}' for bound in latency.BOUNDS]
+    kept = [(text, count) for text, count in zip(bounds, seen, strict=False) if text.strip('0.') in ('1', '2', '5')]
+    return [*((str(float(text)), count) for text, count in kept), ('+Inf', seen[-1])]
+
+
+def cut_off(sock: socket.socket) -> None:
+    """End a connection: who reads or writes it is woken."""
+    plain: Any = getattr(sock, '_sock', sock)  # gevent's own would raise EBADF there, which pywsgi reports
+    with contextlib.suppress(OSError):
+        plain.shutdown(socket.SHUT_RDWR)
+
+
+def status_handler(headers: Sequence[tuple[str, str]]) -> Any:
+    """Return pywsgi's handler, bounded in time and bytes; nothing that a client sends is printed or logged."""
+    from gevent.pywsgi import WSGIHandler
+
+    class Handler(WSGIHandler):
+        def handle(self) -> None:
+            # by its socket, and not by a Timeout, which pywsgi would take for an error of the application
+            timer = gevent.get_hub().loop.timer(STATUS_SECONDS)
+            timer.start(cut_off, self.socket)
+            try:
+                with contextlib.suppress(OSError):
+                    super().handle()
+            finally:
+                timer.stop()
+                timer.close()
+
+        def handle_one_request(self) -> Any:
+            result = super().handle_one_request()
+            if isinstance(result, tuple):  # the request was not understood
+                lines = ''.join(f'{name}: {value}\r\n' for name, value in headers)
+                result = result[0], f'HTTP/1.1 {result[0]} Bad Request\r\n{lines}Content-Length: 0\r\n\r\n'.encode()
+            return result
+
+        def read_request(self, raw_requestline: str) -> Any:
+            try:
+                return super().read_request(raw_requestline)
+            except Exception as error:  # of others pywsgi prints a traceback
+                raise ValueError(str(error)) from None
+
+        def MessageClass(self, rfile: Any, *_: object) -> Any:
+            """Skip the headers: none changes an answer, and so none can do harm."""
+            left = STATUS_HEAD
+            while (line := rfile.readline(left)) not in (b'\r\n', b'\n'):
+                left -= len(line)
+                if not line:  # at the end of the connection, or with nothing left
+                    raise ValueError('no end of the headers')
+            return WSGIHandler.headers  # none
+
+    return Handler
+
+
+def serve_status(listener: socket.socket, status: Status) -> Any:
+    """Serve the status by HTTP, beside the mail; return the WSGIServer."""
+    from gevent.pool import Pool as GreenletPool
+    from gevent.pywsgi import WSGIServer
+
+    # pywsgi would ask the resolver for its name
+    named = {'SERVER_NAME': 'hapolicy'}
+    server = WSGIServer(listener, status, spawn=GreenletPool(STATUS_CONNECTIONS), log=None, error_log=None,
+                        handler_class=status_handler(status.headers), environ=named)  # fmt: skip
+    server.max_delay = 0.1  # seconds without accepting after an error
+    server.start()
+    return server
 
 
 # ---------------------------------------------------------------------------
@@ -1611,6 +2174,9 @@ class Options(NamedTuple):
     max_clients: int | None
     grace: float
     reuse_port: bool
+    summary: float  # seconds, 0: never
+    check_services: bool
+    status: Address | None
 
 
 def parse_default(text: str) -> bytes:
@@ -1627,15 +2193,15 @@ def parse_default(text: str) -> bytes:
                          " action of access(5), as 'dunno' or '451 4.3.5 try again later'") from None  # fmt: skip
 
 
-def parse_listen(text: str) -> Address:
-    """Return the address of a --listen option. Raises UsageError."""
+def parse_listen(text: str, option: str = '--listen') -> Address:
+    """Return the address that an option gives to listen on. Raises UsageError."""
     allowed = 'allowed is <IPv4>:<port>, [<IPv6>]:<port> or unix:/path'
     try:
         address, rest = parse_address(text)
     except UsageError as error:
-        raise UsageError(f"--listen '{text}': {error}; {allowed}") from None
+        raise UsageError(f"{option} '{text}': {error}; {allowed}") from None
     if rest or address.family == socket.AF_UNSPEC:
-        raise UsageError(f"--listen '{text}': not an address of this machine; {allowed}")
+        raise UsageError(f"{option} '{text}': not an address of this machine; {allowed}")
     return address
 
 
@@ -1656,6 +2222,10 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     if not re.fullmatch(r'0?[0-7]{3}', mode):
         raise UsageError(f"--socket-mode '{mode}' is not an octal number from 000 to 777")
     clients = given['--max-clients']
+    listen = [parse_listen(text) for text in given['--listen']]
+    status = None if given['--status'] is None else parse_listen(given['--status'], '--status')
+    if status in listen:
+        raise UsageError(f"--status '{status}' is the address of a --listen: it needs one of its own")
     Service.fall = parse_number(given['--fall'], '--fall', 1, 1000)
     Service.stall = parse_seconds(given['--stall'], '--stall')
     return Options(
@@ -1664,12 +2234,15 @@ def parse_command_line(argv: Sequence[str]) -> Options:
         logging=given['--logging'],
         verbose=given['--verbose'],
         stdout=given['--stdout'],
-        listen=[parse_listen(text) for text in given['--listen']],
+        listen=listen,
         socket_mode=int(mode, 8),
         deadline=parse_seconds(given['--deadline'], '--deadline'),
         max_clients=None if clients is None else parse_number(clients, '--max-clients', 1, 10**6),
         grace=parse_seconds(given['--grace'], '--grace'),
         reuse_port=given['--reuse-port'],
+        summary=0.0 if given['--summary'] == '0' else parse_seconds(given['--summary'], '--summary'),
+        check_services=given['--check-services'],
+        status=status,
     )
 
 
@@ -1727,7 +2300,46 @@ def report_errors(log: Log) -> None:
     hub.print_exception = report
 
 
-def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
+#: What Postfix asks of smtpd_client_restrictions: no sender and no recipient, so nothing to remember or to count.
+HARMLESS_REQUEST = (b'request=smtpd_access_policy\nprotocol_state=CONNECT\nprotocol_name=SMTP\n'
+                    b'client_address=127.0.0.1\nclient_name=localhost\nreverse_client_name=localhost\nhelo_name=\n'
+                    b'sender=\nrecipient=\nrecipient_count=0\nqueue_id=\ninstance=\n\n')  # fmt: skip
+
+
+def check_service(service: Service) -> tuple[bool, list[str]]:
+    """Ask a service once; return whether it answered, and a row for the user."""
+    row = [service.name, service.where]
+    pool = Pool(service, Queue(Statistics()), Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+    began = time.monotonic()
+    try:
+        with gevent.Timeout(service.timeout, ServiceFailure(LATE, f'no answer within {service.timeout:g}s')):
+            connection = pool.open()
+            connected = time.monotonic()
+            action = connection.exchange(HARMLESS_REQUEST)
+    except ServiceFailure as failure:
+        return False, [*row, 'FAILED', f'{failure.reason}: {failure}']
+    answered = time.monotonic()
+    row.append('answered')
+    row.append(f'connect {(connected - began) * 1000:.1f} ms, answer {(answered - connected) * 1000:.1f} ms')
+    row.append(f"{verdict(action)}: '{printable(action)}'")
+    gevent.sleep(SETTLE)
+    if not connection.ended and connection.poll(0) and connection.receive_now():
+        return False, [*row, 'and then sent more: requests could get the answers of others']
+    return True, row
+
+
+def check_services(services: Sequence[Service]) -> int:
+    """Ask all services at once; print a line for each; return the exit status."""
+    checks = [gevent.spawn(check_service, service) for service in services]
+    gevent.joinall(checks, raise_error=True)
+    results = [check.get() for check in checks]
+    widths = [max(len(row[i]) for _, row in results if len(row) > i + 1) for i in range(3)]
+    for _, row in results:
+        print('  '.join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), *row[3:]]).rstrip())
+    return 0 if all(answered for answered, _ in results) else 1
+
+
+def open_listener(address: Address, mode: int, reuse: bool, option: str = '--listen') -> socket.socket:
     """Return a listening socket. Raises ListenError."""
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
@@ -1743,7 +2355,7 @@ def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"--listen '{address}': {error.strerror or error}; allowed is an address of this machine"
+        raise ListenError(f"{option} '{address}': {error.strerror or error}; allowed is an address of this machine"
                           ' and a port or path that is free and may be used') from None  # fmt: skip
     return sock
 
@@ -1767,6 +2379,15 @@ def bind_unix(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
     os.rename(beside, path)
 
 
+def open_status(options: Options, server: bool) -> socket.socket | None:
+    """Return the listening socket of --status, None without it. Raises UsageError, ListenError."""
+    if options.status is None:
+        return None
+    if not server:
+        raise UsageError(f"--status '{options.status}' needs --listen: of many processes on stdin one would get it")
+    return open_listener(options.status, options.socket_mode, options.reuse_port, '--status')
+
+
 def inherited_listeners() -> list[socket.socket]:
     """Return the sockets handed over by systemd's socket activation (sd_listen_fds(3))."""
     if os.environ.get('LISTEN_PID') != str(os.getpid()):
@@ -1782,7 +2403,7 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), '\0' + path[1:] if path.startswith('@') else path)
 
 
-def client_limit(asked: int | None, services: Sequence[Service], log: Log) -> int:
+def client_limit(options: Options, log: Log) -> int:
     """Raise the soft descriptor limit to the hard one; return how many clients to serve at once.
 
     Every service may need its max of connections: the rest is for clients, and half at least. More
@@ -1790,8 +2411,10 @@ def client_limit(asked: int | None, services: Sequence[Service], log: Log) -> in
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    room = (hard if hard != resource.RLIM_INFINITY else 10**6) - RESERVED_DESCRIPTORS
-    carried = max(1, room - sum(service.max for service in services), room // 2)
+    reserved = RESERVED_DESCRIPTORS + (STATUS_CONNECTIONS + 1 if options.status is not None else 0)
+    room = (hard if hard != resource.RLIM_INFINITY else 10**6) - reserved
+    carried = max(1, room - sum(service.max for service in options.services), room // 2)
+    asked = options.max_clients
     if asked is not None and asked > carried:
         log(WARNING, f"--max-clients '{asked}' is more than the descriptor limit of {hard} carries: {carried} it is")
     return min(asked or carried, carried)
@@ -1850,6 +2473,13 @@ def pump_out(far: socket.socket) -> None:
         far.close()
 
 
+def bound_to(listener: socket.socket) -> str:
+    """Return where an inherited socket listens, as an option would name it."""
+    name = listener.getsockname()
+    host, port = (name, 0) if listener.family == socket.AF_UNIX else name[:2]
+    return str(Address(listener.family, os.fsdecode(host), port))
+
+
 def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop, options: Options, log: Log) -> bool:
     """Serve clients until told to stop; return False if some were left at the end of the grace."""
     from gevent.pool import Pool as GreenletPool
@@ -1867,14 +2497,17 @@ def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop
                 log(WARNING, f'{self.size} clients are served, the most allowed: more wait in the backlog')
             return full
 
-    limit = client_limit(options.max_clients, options.services, log)
+    limit = client_limit(options, log)
     greenlets = Greenlets(limit)
     servers = [StreamServer(listener, proxy.handle, spawn=greenlets) for listener in listeners]
     for server in servers:
         server.max_delay = 0.1  # seconds without accepting after an error
         server.start()
-    where = ', '.join(str(listener.getsockname()) for listener in listeners)
+    inherited = listeners[: len(listeners) - len(options.listen)]
+    where = ', '.join([*map(bound_to, inherited), *map(str, options.listen)])
     log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {where}')
+    if options.summary:
+        gevent.spawn(proxy.summarize, options.summary)
     notify('READY=1')
     stop.event.wait()
     notify('STOPPING=1')
@@ -1903,8 +2536,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         patch_sockets()
+        if options.check_services:
+            return check_services(options.services)
         listeners = inherited_listeners()
         listeners += [open_listener(address, options.socket_mode, options.reuse_port) for address in options.listen]
+        status = open_status(options, bool(listeners))
     except (UsageError, ListenError) as error:
         complain(str(error))
         return 2 if isinstance(error, UsageError) else 1
@@ -1912,6 +2548,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = make_log(options, bool(listeners))
     report_errors(log)
     proxy = Proxy(options.services, options.default, options.deadline, log)
+    if status is not None:
+        server = serve_status(status, Status(proxy, options.default, log))
+        if options.reuse_port:  # the process that replaces this one is asked from now on, and never this one
+            stop.event.rawlink(lambda _: server.close())
+        log(NOTICE, f'The status is served at {options.status}')
     if listeners:
         clean = serve_listeners(listeners, proxy, stop, options, log)
         log(NOTICE, f'hapolicy ends, {proxy.statistics}')
@@ -1924,6 +2565,258 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run() -> NoReturn:
     """Be the command `hapolicy`."""
     sys.exit(main())
+
+
+#: The status page, whole. The browser is told the hashes of its style and script and runs no other; what the
+#: proxy says is put in as text, never as markup.
+STATUS_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>hapolicy</title>
+<link rel="icon" href="data:,">
+<style>
+:root { --back: #fff; --soft: #f3f5f7; --line: #d5dae0; --text: #1a1f26; --dim: #59636f; --link: #0a55b0;
+  --good: #17692f; --warn: #855000; --bad: #b3161b; --bars: #3d78b8; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14181d; --soft: #1d232a; --line: #38414b; --text: #e6eaef; --dim: #a3adb8; --link: #7db7ff;
+    --good: #6fd08c; --warn: #f0b450; --bad: #ff8a85; --bars: #6ea8e4; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 88rem; background: var(--back); color: var(--text);
+  font: 0.9375rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+header, footer, .bar { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; align-items: center; }
+header { justify-content: space-between; color: var(--dim); }
+h1 { margin: 0; font-size: 1rem; }
+h2 { margin: 1.5rem 0 0.5rem; font-size: 1rem; }
+#headline { margin: 0.75rem 0; padding: 0.75rem 1rem; border-left: 0.5rem solid var(--good); background: var(--soft);
+  font-size: 1.125rem; font-weight: 600; }
+#headline.warning { border-color: var(--warn); }
+#headline.bad { border-color: var(--bad); }
+#old { margin: 0.75rem 0; padding: 0.75rem 1rem; border: 2px dashed var(--bad); color: var(--bad); font-weight: 600; }
+.aged #figures, .aged #headline { opacity: 0.6; }
+button { font: inherit; padding: 0.25rem 0.9rem; color: var(--text); background: var(--soft);
+  border: 1px solid var(--dim); border-radius: 0.3rem; cursor: pointer; min-width: 6.5rem; }
+a { color: var(--link); }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.5rem; margin: 0; }
+dl div { padding: 0.4rem 0.7rem; background: var(--soft); }
+dt, small { color: var(--dim); font-size: 0.8125rem; }
+dd { margin: 0; white-space: pre-line; }
+table { width: 100%; border-collapse: collapse; }
+th { text-align: left; font-weight: 600; font-size: 0.8125rem; color: var(--dim); }
+th, td { padding: 0.5rem 0.6rem 0.5rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { white-space: pre-line; }
+td strong, td small { display: block; }
+.state { font-weight: 700; color: var(--good); }
+.trial .state, .stalled .state { color: var(--warn); }
+.down .state { color: var(--bad); }
+tr.down { background: var(--soft); }
+svg { display: block; width: 15rem; max-width: 100%; height: 3rem; background: var(--soft); }
+.down svg { background: var(--back); }
+.answers { fill: var(--bars); }
+.failed { fill: var(--bad); }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+[hidden] { display: none; }
+footer { margin-top: 1rem; color: var(--dim); }
+@media (max-width: 62rem) {
+  thead { display: none; }
+  table, tbody, tr, td { display: block; }
+  tr { margin-bottom: 1rem; padding: 0.5rem 0.75rem; border: 1px solid var(--line); }
+  td { display: grid; grid-template-columns: 7rem minmax(0, 1fr); padding: 0.2rem 0; border: 0; }
+  td::before { content: attr(data-label); color: var(--dim); font-size: 0.8125rem; }
+}
+</style>
+</head>
+<body>
+<header>
+<h1>hapolicy <span id="program"></span></h1>
+<div class="bar"><span id="updated"></span><button id="pause" type="button" aria-pressed="false">Pause</button></div>
+</header>
+<main>
+<p id="headline" class="@LEVEL@">@HEADLINE@</p>
+<p id="told" class="hidden" aria-live="polite"></p>
+<p id="old" role="alert" hidden></p>
+<noscript><p>Without JavaScript this is the state at the time of loading:</p><pre>@LINES@</pre></noscript>
+<div id="figures" hidden>
+<h2>Since the start</h2>
+<dl id="totals"></dl>
+<h2 id="services-title">Services</h2>
+<table role="table" aria-labelledby="services-title">
+<thead role="rowgroup"><tr role="row" id="columns"></tr></thead>
+<tbody role="rowgroup" id="services"></tbody>
+</table>
+</div>
+</main>
+<footer><a href="status.json">status.json</a><a href="metrics">metrics</a><a href="health">health</a>
+<span id="zone"></span></footer>
+<script>
+'use strict';
+const EVERY = 2000, PATIENCE = 5000;  // ms: between two loads, and for one
+const COLUMNS = ['Service', 'State', 'In flight', 'Requests/s', 'Latency', 'Answers', 'Failures', 'Last 10 min'];
+const SVG = 'http://www.w3.org/2000/svg';
+const $ = id => document.getElementById(id);
+let rows = new Map(), tiles = new Map(), order = '', known = '', loaded = '', paused = false, timer = 0, offset = 0;
+
+function put(node, text) {  // only what changed: a selection lives on
+  if (node.textContent !== text) node.textContent = text;
+}
+function add(parent, tag, attributes = {}) {
+  const space = parent.namespaceURI === SVG || tag === 'svg' ? SVG : 'http://www.w3.org/1999/xhtml';
+  const node = document.createElementNS(space, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return parent.appendChild(node);
+}
+function lasting(seconds) {
+  const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
+  if (minutes < 1) return `${Math.floor(seconds)} s`;
+  if (hours < 1) return `${minutes} min`;
+  return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.floor(hours / 24)} d ${hours % 24} h`;
+}
+function clock(unix, now) {  // as the server's clock and log have it
+  const text = new Date((unix + offset) * 1000).toISOString(), today = new Date((now + offset) * 1000).toISOString();
+  return (text.slice(0, 10) === today.slice(0, 10) ? '' : text.slice(0, 10) + ' ') + text.slice(11, 19);
+}
+function latency(seconds) {
+  if (seconds === null) return ' \u2013';
+  const text = seconds < 1 ? `${+(seconds * 1000).toPrecision(3)} ms` : `${seconds} s`;
+  return seconds < 100 ? ` \u2264 ${text}` : ' 100 s or more';
+}
+function counts(by) {
+  const lines = Object.entries(by).filter(pair => pair[1]).map(([name, count]) => `${name} ${count.toLocaleString()}`);
+  return lines.join('\n') || 'none';
+}
+
+function make_row(service) {
+  const line = add($('services'), 'tr', {role: 'row'}), cells = {line};
+  for (const column of COLUMNS) cells[column] = add(line, 'td', {role: 'cell', 'data-label': column});
+  for (const column of ['Service', 'State', 'In flight', 'Requests/s']) {
+    const box = add(cells[column], 'div');
+    cells[column] = [add(box, 'strong', column === 'State' ? {class: 'state'} : {}), add(box, 'small')];
+  }
+  const last = add(cells['Last 10 min'], 'div');
+  const chart = add(last, 'svg', {role: 'img', viewBox: '0 0 120 24', preserveAspectRatio: 'none'});
+  cells.chart = chart;
+  cells.answers = add(chart, 'path', {class: 'answers'});
+  cells.failed = add(chart, 'path', {class: 'failed'});
+  cells.caption = add(last, 'small');
+  rows.set(service.name, cells);
+}
+function bars(values, height, from) {
+  const first = 120 - values.length;
+  return values.map((value, i) => value ? `M${first + i} ${from}h1v${height(value)}h-1z` : '').join('');
+}
+function draw(cells, history, step) {
+  const most = Math.max(1, ...history.answers), failed = history.failed.reduce((sum, count) => sum + count, 0);
+  const change = (node, d) => { if (node.getAttribute('d') !== d) node.setAttribute('d', d); };
+  change(cells.answers, bars(history.answers, value => -Math.max(0.5, 17 * value / most).toFixed(1), 24));
+  change(cells.failed, bars(history.failed, () => 5, 0));
+  const top = Math.max(0, ...history.answers) / step;
+  const text = `top ${+top.toPrecision(3)} answers/s, ${failed ? failed.toLocaleString() + ' failed' : 'none failed'}`;
+  put(cells.caption, text);
+  cells.chart.setAttribute('aria-label', `Answers of the last ten minutes: ${text}`);
+}
+function show_service(service, data) {
+  const cells = rows.get(service.name), stalled = service.stalled && service.state === 'up';
+  const state = stalled ? 'stalled' : service.state;
+  if (cells.line.className !== state) cells.line.className = state;
+  put(cells['Service'][0], service.name);
+  put(cells['Service'][1], `${service.address}\nprio ${service.prio}, weight ${service.weight}`);
+  put(cells['State'][0], state === 'trial' ? 'on trial' : state);
+  put(cells['State'][1], `${service.why}\nsince ${clock(service.since, data.time)} (${lasting(service.lasting)})`);
+  put(cells['In flight'][0], `${service.in_flight} / ${service.max}`);
+  put(cells['In flight'][1], (service.learned_max === null ? '' : `learned max ${service.learned_max}\n`)
+    + `${service.waiting} waiting\n${service.idle_connections} idle connections`);
+  put(cells['Requests/s'][0], `${service.requests_per_second}`);
+  put(cells['Requests/s'][1], service.share === null ? '' : `${(100 * service.share).toFixed(0)} % of answers`);
+  put(cells['Latency'], ['p50', 'p95', 'p99'].map(name => name + latency(service[name])).join('\n'));
+  put(cells['Answers'], counts(service.verdicts));
+  put(cells['Failures'], counts(service.failures));
+  draw(cells, service.history, data.step);
+}
+function show_totals(data) {
+  const totals = {
+    'Requests': data.requests.toLocaleString(),
+    'Default actions': `${counts(data.defaults)}\nit is '${data.default}'`,
+    'Clients': `${data.clients_connected} connected\n${data.clients.toLocaleString()} in all`,
+    'Refused input': counts(data.refused),
+    'Asked again': `next service ${data.redispatches.toLocaleString()}\n`
+      + `same service ${data.retries.toLocaleString()}`,
+    'Log lines lost': data.log_lines_lost.toLocaleString(),
+    'Uptime': lasting(data.uptime),
+  };
+  for (const [name, text] of Object.entries(totals)) {
+    if (!tiles.has(name)) {
+      const tile = add($('totals'), 'div');
+      put(add(tile, 'dt'), name);
+      tiles.set(name, add(tile, 'dd'));
+    }
+    put(tiles.get(name), text);
+  }
+}
+function show(data) {
+  if (data.version !== 1) throw new Error('this page is of another version: load it again');
+  offset = data.utc_offset;
+  const names = JSON.stringify(data.services.map(service => service.name));
+  if (names !== order) {
+    $('services').replaceChildren();
+    rows = new Map();
+    data.services.forEach(make_row);
+    order = names;
+  }
+  data.services.forEach(service => show_service(service, data));
+  show_totals(data);
+  put($('headline'), data.headline.text);
+  if ($('headline').className !== data.headline.level) $('headline').className = data.headline.level;
+  const states = JSON.stringify([data.draining, data.services.map(service => [service.state, service.stalled])]);
+  if (known && states !== known) put($('told'), data.headline.text);  // said aloud when a state changes, not its age
+  known = states;
+  const level = {ok: 'OK', warning: 'warning', bad: 'DOWN'}[data.headline.level];
+  document.title = `${level} - hapolicy`;
+  put($('program'), data.program);
+    put($('zone'), `times of the server, UTC${offset < 0 ? '-' : '+'}${Math.abs(offset) / 3600}`);
+  $('figures').hidden = false;
+  loaded = clock(data.time, data.time);
+  put($('updated'), `as of ${loaded}`);
+}
+function age(why) {
+  const past = loaded ? `what stands below is of ${loaded}` : 'nothing was loaded yet';
+  put($('old'), `No answer from the proxy: ${past}. (${why})`);
+  $('old').hidden = false;
+  document.body.className = 'aged';
+  document.title = 'no answer - hapolicy';
+}
+async function load() {
+  clearTimeout(timer);
+  try {
+    const answer = await fetch('status.json', {cache: 'no-store', signal: AbortSignal.timeout(PATIENCE)});
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
+    const data = await answer.json();
+    if (!paused) {
+      show(data);
+      $('old').hidden = true;
+      document.body.className = '';
+    }
+  } catch (error) {
+    if (!paused) age(error.message);
+  }
+  clearTimeout(timer);
+  if (!paused) timer = setTimeout(load, EVERY);
+}
+$('pause').addEventListener('click', () => {
+  paused = !paused;
+  $('pause').setAttribute('aria-pressed', paused);
+  clearTimeout(timer);
+  if (paused) put($('updated'), `paused; ${$('updated').textContent}`); else load();
+});
+for (const column of COLUMNS) put(add($('columns'), 'th', {role: 'columnheader', scope: 'col'}), column);
+load();
+</script>
+</body>
+</html>
+"""
 
 
 if __name__ == '__main__':

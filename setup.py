@@ -17,10 +17,15 @@ setup(
     long_description_content_type='text/markdown',
     license='BSD-2-Clause',
     py_modules=['hapolicy_gevent'],
+    data_files=[('share/man/man1', ['contrib/hapolicy.1'])],
     python_requires='>=3.10',
     install_requires=['gevent>=22.10', 'docopt>=0.6.2'],
     extras_require={
-        'test': ['hypothesis', 'mypy', 'pytest', 'ruff', 'types-docopt', 'types-gevent', 'types-setuptools'],
+        'metrics': ['prometheus-client>=0.16'],
+        'test': [
+            'hypothesis', 'mypy', 'prometheus-client', 'pytest', 'ruff', 'selenium', 'setuptools>=70.1',
+            'types-docopt', 'types-gevent', 'types-setuptools',
+        ],
         'bench': ['matplotlib'],
     },
     entry_points={'console_scripts': ['hapolicy=hapolicy_gevent:run']},

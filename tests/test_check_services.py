@@ -1,0 +1,149 @@
+"""--check-services: what one runs before a line goes into main.cf; and the summary in the log."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hapolicy_gevent import Latency, Statistics, Summary, parse_service, verdict
+from tests.support import (
+    MODULE,
+    Peer,
+    ProxyProcess,
+    answer,
+    attributes,
+    free_port,
+    hang,
+    hang_up,
+    request,
+    slow,
+    stubs,
+    wait_until,
+)
+
+
+def check(*services: str) -> tuple[int, list[str]]:
+    arguments = [f'--service={service}' for service in services]
+    command = [sys.executable, str(MODULE), '--check-services', *arguments]
+    done = subprocess.run(command, capture_output=True, timeout=60, text=True)
+    assert done.stderr == ''
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_services_that_answer_are_told_with_their_times_and_verdicts() -> None:
+    with stubs(answer(b'action=DUNNO\n\n'), answer(b'action=550 5.7.1 no\n\n')) as (a, b):
+        status, lines = check(a.service, b.service)
+    assert status == 0
+    times = r'connect \d+\.\d ms, answer \d+\.\d ms'
+    assert re.fullmatch(rf"A +127\.0\.0\.1:\d+ +answered +{times} +ok: 'DUNNO'", lines[0]), lines
+    assert re.fullmatch(rf"B +127\.0\.0\.1:\d+ +answered +{times} +reject: '550 5\.7\.1 no'", lines[1]), lines
+    assert len(lines) == 2 and lines[0].index('answered') == lines[1].index('answered'), lines
+
+
+def test_every_service_that_does_not_answer_is_told_with_the_reason() -> None:
+    twice = answer(b'action=DUNNO\n\naction=REJECT\n\n')
+    with stubs(hang, hang_up, answer(b'action=550\n\n'), answer(b'rubbish\n\n'), twice) as services:
+        began = time.monotonic()
+        status, lines = check(f'R=127.0.0.1:{free_port()}', 'N=no-such-host.invalid:1', 'U=unix:/no/such/socket',
+                              services[0].service + ':::1', *[service.service for service in services[1:]])  # fmt: skip
+    assert status == 1
+    assert time.monotonic() - began < 20, 'all are asked at the same time'
+    said = [line.split('FAILED')[1].strip() for line in lines]
+    expected = ['refused: ', 'unreachable: ', 'refused: ', 'timeout: no answer within 1s', 'dropped: ',
+                'invalid: the bare number 550', 'invalid: an answer without', 'invalid: bytes after']  # fmt: skip
+    assert len(said) == len(expected)
+    for text, start in zip(said, expected, strict=True):
+        assert text.startswith(start), lines
+
+
+def test_a_second_answer_that_comes_a_moment_later_is_told() -> None:
+    def lie(peer: Peer, message: bytes) -> None:
+        peer.send(b'action=DUNNO\n\n')
+        time.sleep(0.01)
+        peer.send(b'action=REJECT\n\n')
+
+    with stubs(lie) as (a,):
+        status, lines = check(a.service)
+    assert status == 1 and 'then sent more' in lines[0], lines
+
+
+def test_the_request_names_no_sender_and_no_recipient() -> None:
+    seen: list[dict[str, str]] = []
+
+    def note(peer: Peer, message: bytes) -> None:
+        seen.append(attributes(message))
+        peer.send(b'action=DUNNO\n\n')
+
+    with stubs(note) as (a,):
+        assert check(a.service)[0] == 0
+    assert seen[0]['request'] == 'smtpd_access_policy' and seen[0]['protocol_state'] == 'CONNECT'
+    assert seen[0]['sender'] == seen[0]['recipient'] == seen[0]['instance'] == ''
+
+
+@pytest.mark.parametrize(
+    ('action', 'kind'),
+    [(b'DUNNO', 'ok'), (b'ok  text', 'ok'), (b'permit', 'ok'), (b'Reject', 'reject'), (b'550 5.7.1 x', 'reject'),
+     (b'521', 'reject'), (b'451 4.3.5 x', 'defer'), (b'DEFER_IF_PERMIT x', 'defer'), (b'defer', 'defer'),
+     (b'PREPEND X-A: b', 'prepend'), (b'HOLD', 'other'), (b'4511 x', 'other'), (b'350 x', 'other'), (b'4x', 'other')],
+)  # fmt: skip
+def test_an_action_counts_as_what_it_does_to_the_mail(action: bytes, kind: str) -> None:
+    assert verdict(action) == kind
+
+
+def test_quantiles_are_the_bounds_that_hold() -> None:
+    latency = Latency()
+    assert Latency.quantile(latency.counts, 0.5) is None
+    for _ in range(99):
+        latency.add(0.0011)
+    latency.add(500)
+    assert Latency.quantile(latency.counts, 0.5) == pytest.approx(0.00125)
+    assert Latency.quantile(latency.counts, 0.99) == pytest.approx(0.00125)
+    assert Latency.quantile(latency.counts, 0.999) == math.inf
+    assert latency.sum == pytest.approx(99 * 0.0011 + 500)
+    assert list(Latency.BOUNDS) == sorted(Latency.BOUNDS)
+    for bound in (0.001, 0.002, 0.005, 0.1, 1, 10, 100):
+        assert any(math.isclose(bound, known) for known in Latency.BOUNDS)
+
+
+def test_a_summary_counts_since_the_last_and_is_silent_without_requests() -> None:
+    statistics, services = Statistics(), [parse_service('A=h:1'), parse_service('B=h:2')]
+    statistics.requests = 5
+    summary = Summary(statistics, services)
+    assert summary.line() == ''
+    statistics.requests += 3
+    statistics.answers += 2
+    statistics.defaults['deadline'] += 1
+    services[1].failures['refused'] += 4
+    services[0].latency.add(0.003)
+    assert summary.line() == ('summary of 0s, requests: 3, answers: 2, defaults: 1, failures: 4,'
+                              ' p99: A 3.15 ms, B -')  # fmt: skip
+    assert summary.line() == ''
+
+
+def test_a_live_proxy_logs_summaries_while_there_are_requests() -> None:
+    with stubs(slow(0.05)) as (a,), ProxyProcess('--summary=0.5', '-s', a.service) as proxy:
+        with proxy.client() as client:
+            for _ in range(3):
+                client.ask(request())
+        proxy.logged('summary of ')
+        time.sleep(1.2)
+        counted = sum(int(number) for number in re.findall(r'summary of \S+ requests: (\d+)', proxy.log))
+        assert counted == 3
+        assert re.search(r'p99: A \d+(\.\d+)? ms\n', proxy.log)
+        silent = proxy.log.count('summary of')
+        time.sleep(1.2)
+        assert proxy.log.count('summary of') == silent, 'no requests, no summary'
+
+
+def test_no_summary_where_none_is_wanted() -> None:
+    with stubs(answer(b'action=DUNNO\n\n')) as (a,), ProxyProcess('--summary=0', '-s', a.service) as proxy:
+        with proxy.client() as client:
+            client.ask(request())
+            wait_until(lambda: 'serves up to' in proxy.log)
+            time.sleep(1)
+        assert 'summary of' not in proxy.log

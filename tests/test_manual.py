@@ -1,0 +1,188 @@
+"""The manual page, the units and the examples in contrib/: each is taken by the program that it is for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hapolicy_gevent
+from tests.postfix import PYTHON, Postfix, missing_programs
+from tests.support import MODULE, ROOT, SCALE, PolicyServerStub, ProxyProcess, answer, free_port
+
+CONTRIB = ROOT / 'contrib'
+PAGE = CONTRIB / 'hapolicy.1'
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with stdout and stderr in one."""
+    return subprocess.run(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=120 * SCALE, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def words(text: str) -> str:
+    return ' '.join(text.split())
+
+
+def shown(page: Path) -> str:
+    """Return the page as a reader sees it."""
+    if not shutil.which('man'):
+        pytest.skip('man is not installed')
+    done = run('man', '--warnings', '--encoding=UTF-8', '-l', page, LC_ALL='C.UTF-8', MANWIDTH='100')
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_the_manual_page_is_made_from_the_text_of_help() -> None:
+    spec = importlib.util.spec_from_file_location('make_manual', CONTRIB / 'make_manual.py')
+    assert spec and spec.loader
+    make_manual = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_manual)
+    assert PAGE.read_text() == make_manual.manual(MODULE.read_text()), 'run contrib/make_manual.py'
+
+
+def test_the_manual_page_has_every_option_in_the_words_of_help() -> None:
+    page = words(shown(PAGE))
+    text = hapolicy_gevent.__doc__ or ''
+    options = re.findall(r'^  (-\S.*?)  +(.*\n(?:   .*\n)*)', text, re.MULTILINE)
+    assert len(options) == len(re.findall(r'^  -', text, re.MULTILINE)) > 15
+    for option, meaning in options:
+        assert words(f'{option} {meaning}') in page
+    for paragraph in text.split('\n\n')[2:]:
+        for line in paragraph.splitlines():
+            assert words(line).rstrip(':').lower() in page.lower()
+
+
+def test_groff_has_nothing_to_warn_of(tmp_path: Path) -> None:
+    if not shutil.which('groff'):
+        pytest.skip('groff is not installed')
+    command = ('groff', '-man', '-Tutf8', '-ww', '-rLL=100n', '-z')
+    assert run(*command, PAGE).stdout == ''
+    wrong = tmp_path / 'wrong.1'
+    wrong.write_text(PAGE.read_text() + '.no_such_macro\n')
+    assert 'no_such_macro' in run(*command, wrong).stdout
+
+
+def test_pip_installs_the_manual_page_from_a_source_package(tmp_path: Path) -> None:
+    if run(sys.executable, '-c', 'from setuptools.command import bdist_wheel').returncode:
+        pytest.skip('setuptools is older than 70.1, or missing')
+    source = tmp_path / 'source'
+    (source / 'contrib').mkdir(parents=True)
+    for name in ('hapolicy_gevent.py', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'contrib/hapolicy.1'):
+        shutil.copy(ROOT / name, source / name)
+    done = run(sys.executable, 'setup.py', '-q', 'sdist', cwd=source)
+    assert done.returncode == 0, done.stdout
+    (package,) = (source / 'dist').iterdir()
+    where = tmp_path / 'there'
+    done = run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-build-isolation', '--no-index',
+               '--disable-pip-version-check', '--ignore-installed', f'--prefix={where}', package)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert (where / 'share/man/man1/hapolicy.1').read_text() == PAGE.read_text()
+    assert (where / 'bin/hapolicy').exists()
+
+
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    if not shutil.which('systemd-analyze'):
+        pytest.skip('systemd-analyze is not installed')
+    program = tmp_path / 'hapolicy'
+    program.write_text('#!/bin/sh\n')
+    program.chmod(0o755)
+    shutil.copy(CONTRIB / 'hapolicy.socket', tmp_path)
+    unit = tmp_path / 'hapolicy.service'
+    text = (CONTRIB / 'hapolicy.service').read_text().replace('/usr/local/bin/hapolicy', str(program))
+    for changed in (text, text.replace('#   --status', '    --status')):
+        unit.write_text(changed)
+        done = run('systemd-analyze', 'verify', '--man=no', unit, tmp_path / 'hapolicy.socket')
+        assert (done.returncode, done.stdout) == (0, '')
+    # 1.5 of 10 with systemd 252; the lower the better
+    done = run('systemd-analyze', 'security', '--offline=yes', '--threshold=20', unit)
+    assert done.returncode == 0, done.stdout
+    unit.write_text(text.replace('Type=', 'Tyqe='))
+    assert 'Tyqe' in run('systemd-analyze', 'verify', '--man=no', unit).stdout
+
+
+class Example(Postfix):
+    """A private Postfix with the lines of the examples, at ports and a path of its own."""
+
+    def __init__(self, *, spawn: bool) -> None:
+        self.proxy_port, self.server_port = free_port(), free_port()
+        main = (CONTRIB / 'main.cf.example').read_text()
+        master = (CONTRIB / 'master.cf.example').read_text() if spawn else ''
+        if spawn:
+            main = re.sub(r'^#(.*_time_limit)', r'\1', main, flags=re.MULTILINE)
+        super().__init__(master=self.private(master))
+        shutil.copy(MODULE, self.directory / 'hapolicy')
+        (self.directory / 'hapolicy').chmod(0o755)
+        path = self.directory / 'etc' / 'main.cf'
+        names = r'^(smtpd_recipient_restrictions|smtpd_relay_restrictions|mynetworks) .*\n'
+        given = re.sub(names, '', path.read_text(), flags=re.MULTILINE)
+        # the example alone is to keep strangers out
+        path.write_text(given + 'mynetworks =\nsmtpd_relay_restrictions =\n' + self.private(main))
+        os.utime(path, (1e9, 1e9))
+
+    def private(self, text: str) -> str:
+        text = text.replace('127.0.0.1:10060', f'127.0.0.1:{self.proxy_port}')
+        text = re.sub(r'10\.0\.0\.\d:\d+', f'127.0.0.1:{self.server_port}', text)
+        return text.replace('/usr/local/bin/hapolicy', '{directory}/hapolicy')
+
+
+@pytest.mark.needs_root
+@pytest.mark.skipif(os.geteuid() != 0, reason='not root, who alone can start a Postfix')
+@pytest.mark.skipif(bool(missing_programs()), reason=f'not installed: {missing_programs()}')
+@pytest.mark.parametrize('spawn', [False, True], ids=['server', 'spawn'])
+def test_postfix_takes_the_examples_and_filters_mail_by_them(spawn: bool) -> None:
+    postfix = Example(spawn=spawn)
+    etc = str(postfix.directory / 'etc')
+    try:
+        assert run('/usr/sbin/postfix', '-c', etc, 'check').stdout == ''
+        shown = run('/usr/sbin/postconf', '-c', etc, '-n').stdout
+        assert 'warning' not in shown and f'check_policy_service inet:127.0.0.1:{postfix.proxy_port}' in shown
+        assert ('_time_limit = 3600' in shown) is spawn
+        assert 'warning' not in run('/usr/sbin/postconf', '-c', etc, '-M').stdout
+    except BaseException:
+        postfix.close()
+        raise
+    with contextlib.ExitStack() as stack:
+        refuse = answer(b'action=550 5.7.1 filtered\n\n')
+        server = stack.enter_context(PolicyServerStub(refuse, port=postfix.server_port))
+        if not spawn:
+            stack.enter_context(ProxyProcess('-s', server.service, port=postfix.proxy_port, python=PYTHON))
+        stack.enter_context(postfix)
+        assert postfix.send(recipient='bob@elsewhere.example')[0] == 554
+        assert not server.requests, 'no server is asked about mail that is refused anyway'
+        code, text = postfix.send()
+        assert code == 550 and 'filtered' in text
+        assert not postfix.complaints, postfix.complaints
+
+
+@pytest.mark.needs_root
+@pytest.mark.skipif(os.geteuid() != 0, reason='not root, who alone can start a Postfix')
+@pytest.mark.skipif(bool(missing_programs()), reason=f'not installed: {missing_programs()}')
+def test_postfix_would_complain_of_a_wrong_example() -> None:
+    postfix = Example(spawn=True)
+    try:
+        path = postfix.directory / 'etc' / 'main.cf'
+        path.write_text(path.read_text().replace('smtpd_policy_service_timeout', 'smtpd_policy_service_timeuot'))
+        assert 'smtpd_policy_service_timeuot' in run('/usr/sbin/postconf', '-c', path.parent, '-n').stdout
+    finally:
+        postfix.close()
+
+
+def test_the_readme_links_to_what_is_there() -> None:
+    text = (ROOT / 'README.md').read_text()
+    heads = [head for head in re.findall(r'^## (.*)$', text, re.MULTILINE) if head != 'Contents']
+    places = [re.sub(r'[^\w\- ]', '', head.lower()).replace(' ', '-') for head in heads]
+    contents = text.partition('## Contents\n')[2].partition('\n## ')[0]
+    assert re.findall(r'\]\(#(.*?)\)', contents) == places
+    assert set(re.findall(r'\]\(#(.*?)\)', text)) <= set(places)
+    for path in re.findall(r'(?<!\!)\[[^]]*\]\(([^#:)]+)\)', text):
+        assert (ROOT / path).exists(), path

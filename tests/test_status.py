@@ -1,0 +1,512 @@
+"""The status endpoint: what it tells is right, and nobody who asks it, or refuses to listen, costs a mail."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hapolicy_gevent import Latency, buckets, lasting
+from tests.status import StatusProxy
+from tests.support import MODULE, ProxyProcess, answer, echo, free_port, hang, request, slow, stubs, wait_until
+
+REFUSED_SERVICE = 'GONE=127.0.0.1:1'
+
+
+def ask(proxy: StatusProxy, times: int) -> int:
+    """Have so many requests answered; return how many."""
+    with proxy.client() as client:
+        for _ in range(times):
+            client.ask(request())
+    return times
+
+
+# -- status.json
+
+
+def test_the_counts_are_those_of_the_requests() -> None:
+    with stubs(echo, answer(b'action=reject go away\n\n')) as (a, b):
+        with StatusProxy('-s', a.service + '::3', '-s', b.service + ':::7:9', '-d', '451 later') as proxy:
+            before = proxy.data()
+            assert (before['version'], before['requests']) == (1, 0)
+            assert [service['why'] for service in before['services']] == ['not asked yet'] * 2
+            assert [service['share'] for service in before['services']] == [None, None]
+            ask(proxy, 40)
+            with proxy.client() as client:
+                client.ask(b'nonsense\n\n')
+                data = proxy.data()
+    assert (data['requests'], data['answers'], data['clients'], data['clients_connected']) == (41, 40, 2, 1)
+    assert data['defaults'] == {'no service is up': 0, 'all services failed': 0, 'deadline': 0, 'not a request': 1}
+    assert set(data['refused'].values()) == {0} and data['log_lines_lost'] == 0
+    assert data['default'] == '451 later' and data['headline'] == {
+        'level': 'warning',
+        'text': "All 2 services are up. 1 request got the default action '451 later' since the start.",
+    }
+    first, second = data['services']
+    assert (first['name'], first['prio'], first['weight'], first['max'], first['state']) == ('A', 10, 3, 100, 'up')
+    assert (second['timeout'], second['max'], second['learned_max'], second['stalled']) == (7, 9, None, False)
+    assert (first['answers'], second['answers']) == (30, 10) == (first['verdicts']['ok'], second['verdicts']['reject'])
+    assert (first['share'], second['share']) == (0.75, 0.25)
+    assert first['requests_per_second'] > 1 and first['idle_connections'] == 1
+    assert 0 < first['p50'] <= first['p95'] <= first['p99'] < 5
+    assert data['time'] - data['uptime'] == pytest.approx(data['started'], abs=0.01)
+    assert set(first['history']) == {'answers', 'failed'}
+
+
+def test_the_history_counts_each_step() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service, '-s', REFUSED_SERVICE + ':20') as proxy:
+        ask(proxy, 25)
+        wait_until(lambda: proxy.data()['services'][0]['history']['answers'], 20, 'a sample')
+        history = proxy.data()['services'][0]['history']
+        assert sum(history['answers']) == 25 and sum(history['failed']) == 0
+        assert len(history['answers']) == len(history['failed']) <= 2
+
+
+def test_the_headline_tells_which_since_when_why_and_what_it_cost() -> None:
+    with stubs(echo, echo) as (a, b), StatusProxy('-s', a.service, '-s', b.service) as proxy:
+        assert proxy.data()['headline'] == {'level': 'ok', 'text': 'All 2 services are up.'}
+        b.stop()
+        ask(proxy, 4)
+        headline = proxy.data()['headline']
+        assert headline['level'] == 'warning'
+        assert re.fullmatch(
+            r"B is down since \d\d:\d\d \(for \d+ s\): refused\."
+            r" No request got the default action 'dunno' since the start\.",
+            headline['text'],
+        )
+        a.stop()
+        ask(proxy, 3)
+        headline = proxy.data()['headline']
+        assert headline['level'] == 'bad' and headline['text'].startswith('No service is up. A is down since ')
+        assert headline['text'].endswith("3 requests got the default action 'dunno' since the start.")
+        down = proxy.data()['services'][1]
+        assert (down['state'], down['why'], down['failures']['refused']) == ('down', 'refused', 1)
+        assert 0 < down['lasting'] < 60 and down['since'] == pytest.approx(time.time() - down['lasting'], abs=1)
+
+
+def test_a_stalled_service_is_told() -> None:
+    with stubs(hang) as (a,), StatusProxy('-s', a.service, '--stall=0.5') as proxy, proxy.client() as client:
+        client.send(request())
+        wait_until(lambda: proxy.data()['services'][0]['stalled'], 10, 'stalled')
+        data = proxy.data()
+        assert data['services'][0]['in_flight'] == 1
+        assert re.match(r'A is stalled: 1 in flight and no answer for \d+ s\.', data['headline']['text'])
+
+
+def test_times_are_said_as_people_say_them() -> None:
+    said = [lasting(seconds) for seconds in (0.9, 59, 60, 3599, 7500, 400000)]
+    assert said == ['0 s', '59 s', '1 min', '59 min', '2 h 5 min', '4 d 15 h']
+
+
+# -- health
+
+
+def test_health_is_good_while_a_service_is_up() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service, '-s', REFUSED_SERVICE) as proxy:
+        ask(proxy, 4)
+        health = proxy.get('/health')
+        assert (health.status, health.text) == (200, 'ok\n')
+        a.stop()
+        ask(proxy, 1)
+        health = proxy.get('/health')
+        assert (health.status, health.text) == (503, "no service is up: 'dunno' is given to every request\n")
+        a.start()
+        wait_until(lambda: ask(proxy, 1) and proxy.get('/health').status == 200, 20, 'health')
+
+
+def test_a_proxy_that_drains_answers_and_says_so() -> None:
+    with stubs(slow(3)) as (a,), StatusProxy('-s', a.service) as proxy, proxy.client() as client:
+        client.send(request())
+        wait_until(lambda: a.requests)
+        proxy.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: proxy.get('/health').status == 503, 2, 'draining')
+        assert proxy.get('/health').text == 'draining\n'
+        data = proxy.data()
+        assert data['draining'] and data['headline']['text'].startswith('Draining: no new client is accepted, 1 ')
+        assert client.read_answer() == b'action=DUNNO  A\n\n'
+        assert proxy.process.wait(10) == 0
+
+
+# -- metrics
+
+
+def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Return the values of a Prometheus text by name and label values, in order of label names."""
+    parser = pytest.importorskip('prometheus_client.parser', reason='prometheus-client is not installed')
+    return {
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in parser.text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_every_metric_is_the_counter() -> None:
+    with stubs(echo, answer(b'action=450 wait\n\n')) as (a, b):
+        with StatusProxy('-s', a.service, '-s', b.service, '-s', 'x"\\=127.0.0.1:1') as proxy:
+            ask(proxy, 30)
+            with proxy.client() as client:
+                client.send(b'cut off')
+                client.close()
+            wait_until(lambda: proxy.data()['refused']['left in mid-request'] == 1)
+            data, found = proxy.data(), samples(proxy.fresh('/metrics'))
+    for name in ('requests', 'redispatches', 'retries', 'clients', 'log_lines_lost'):
+        assert found[f'hapolicy_{name}_total', ()] == data[name], name
+    assert found['hapolicy_clients', ()] == 0
+    assert found['hapolicy_build_info', (data['program'],)] == 1
+    for name in ('defaults', 'refused'):
+        for reason, count in data[name].items():
+            assert found[f'hapolicy_{name}_total', (reason,)] == count
+    for service in data['services']:
+        who = service['name']
+        for kind, count in service['verdicts'].items():
+            assert found['hapolicy_answers_total', (who, kind)] == count
+        for reason, count in service['failures'].items():
+            assert found['hapolicy_failures_total', (reason, who)] == count
+        assert found['hapolicy_service_up', (who,)] == (service['state'] == 'up')
+        assert found['hapolicy_query_seconds_count', (who,)] == service['answers']
+        assert found['hapolicy_query_seconds_bucket', ('+Inf', who)] == service['answers']
+        for name in ('in_flight', 'max', 'idle_connections', 'stalled'):
+            assert found[f'hapolicy_service_{name}', (who,)] == service[name]
+    assert found['hapolicy_answers_total', ('B', 'defer')] > 0 < found['hapolicy_failures_total', ('refused', 'x"\\')]
+    assert {name.partition('_')[0] for name, _ in found} == {'hapolicy'}
+
+
+def test_the_buckets_are_cumulative_at_1_2_5() -> None:
+    latency = Latency()
+    for seconds in (0.00005, 0.0002, 0.00021, 0.3, 1000):
+        latency.add(seconds)
+    found = dict(buckets(latency))
+    assert list(found)[:4] == ['0.0001', '0.0002', '0.0005', '0.001']
+    assert list(found)[-4:] == ['20.0', '50.0', '100.0', '+Inf'] and len(found) == 20
+    assert [found[bound] for bound in ('0.0001', '0.0002', '0.0005', '0.2', '0.5', '100.0', '+Inf')] == [
+        1, 2, 3, 3, 4, 4, 5,
+    ]  # fmt: skip
+
+
+def test_without_the_client_library_metrics_say_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / 'prometheus_client.py').write_text('raise ImportError("hidden")\n')
+    with stubs(echo) as (a,), StatusProxy('-s', a.service, environment={'PYTHONPATH': str(tmp_path)}) as proxy:
+        metrics = proxy.get('/metrics')
+        assert metrics.status == 501
+        assert "pip install 'hapolicy-gevent[metrics]'" in metrics.text
+        assert 'apt-get install python3-prometheus-client' in metrics.text
+        assert proxy.get('/status.json').status == proxy.get('/health').status == 200
+        ask(proxy, 1)
+
+
+def test_debians_own_python_serves_it_all() -> None:
+    python = '/usr/bin/python3'
+    if subprocess.run([python, '-c', 'import gevent, docopt'], capture_output=True).returncode:
+        pytest.skip('python3-gevent or python3-docopt is not installed')
+    has_client = not subprocess.run([python, '-c', 'import prometheus_client'], capture_output=True).returncode
+    with stubs(echo) as (a,), StatusProxy('-s', a.service, python=python) as proxy:
+        ask(proxy, 7)
+        assert proxy.data()['requests'] == 7
+        assert proxy.get('/').status == 200
+        assert proxy.get('/metrics').status == (200 if has_client else 501)
+        if has_client:
+            assert samples(proxy.fresh('/metrics'))['hapolicy_requests_total', ()] == 7
+
+
+# -- HTTP
+
+
+def test_headers_stand_on_every_answer() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        found = {path: proxy.get(path) for path in ('/', '/status.json', '/health', '/metrics', '/etc/passwd')}
+        found['post'] = proxy.get('/', 'POST')
+    assert [reply.status for reply in found.values() if reply.status != 501][-3:] == [200, 404, 405]
+    for reply in found.values():
+        policy = reply.headers['Content-Security-Policy'].split('; ')
+        assert policy[0] == "default-src 'none'" and "frame-ancestors 'none'" in policy
+        assert 'unsafe' not in ''.join(policy)
+        assert reply.headers['X-Content-Type-Options'] == 'nosniff'
+        assert reply.headers['Referrer-Policy'] == 'no-referrer'
+        assert reply.headers['Cache-Control'] == 'no-store'
+        assert reply.headers['Cross-Origin-Resource-Policy'] == 'same-origin'
+        assert int(reply.headers['Content-Length']) == len(reply.text.encode())
+    assert found['/'].headers['Content-Type'] == 'text/html; charset=utf-8'
+    assert found['/status.json'].headers['Content-Type'] == 'application/json; charset=utf-8'
+
+
+def test_only_get_and_head() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        head, get = proxy.get('/health', 'HEAD'), proxy.get('/health')
+        assert (head.status, head.text, head.headers['Content-Length']) == (200, '', get.headers['Content-Length'])
+        for method in ('POST', 'PUT', 'DELETE', 'OPTIONS', 'TRACE', 'BREW'):
+            reply = proxy.get('/health', method)
+            assert (reply.status, reply.headers['Allow']) == (405, 'GET, HEAD')
+
+
+@pytest.mark.parametrize(
+    'sent',
+    [
+        b'\r\n\r\n',
+        b'nonsense\r\n\r\n',
+        b'GET / HTTP/1\r\n\r\n',
+        b'GET / HTTP/9.9\r\n\r\n',
+        b'GET / HTTP/x.y\r\n\r\n',
+        b'GET ' + b'/' * 9000 + b' HTTP/1.1\r\n\r\n',
+        b'GET / HTTP/1.1\r\nx: ' + b'x' * 20000 + b'\r\n\r\n',
+        b'GET / HTTP/1.1\r\n' + b'x: y\r\n' * 5000 + b'\r\n',
+        b'GET / HTTP/1.1\r\nno colon\r\n\r\n',
+        b'GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n',
+        b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n',
+        b'POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 99999\r\n\r\n',
+        b'GET /%00%ff%0d%0a HTTP/1.1\r\n\r\n',
+        b'\xff\xfe\x00' * 100 + b'\n\n',
+    ],
+)
+def test_broken_requests_get_an_end_and_leave_no_trace(sent: bytes) -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        for reset in (False, True):
+            with socket.create_connection(('127.0.0.1', proxy.status_port), timeout=20) as sock:
+                sock.sendall(sent)
+                if reset:
+                    continue
+                sock.shutdown(socket.SHUT_WR)
+                reply = b''
+                try:
+                    while data := sock.recv(65536):
+                        reply += data
+                except ConnectionResetError:
+                    pass
+                assert not reply or reply.startswith(b'HTTP/1.1 ') or b' 414 ' in reply or b' 400 ' in reply, reply
+                assert b'Traceback' not in reply
+        ask(proxy, 1)
+        assert proxy.get('/health').status == 200
+        lines = [line for line in proxy.log.splitlines() if not line.startswith('[LOG ')]
+        assert lines == [] and 'Internal error' not in proxy.log, proxy.log
+
+
+@pytest.mark.parametrize('headers', [b'x: ' + b'y' * 20000 + b'\r\n', b'x: y\r\n' * 3000])
+def test_headers_are_read_up_to_8_kb(headers: bytes) -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        for sent, status in ((headers, b'400'), (headers[:6000] + b'\r\n', b'200')):
+            with socket.create_connection(('127.0.0.1', proxy.status_port), timeout=20) as sock:
+                sock.sendall(b'GET /health HTTP/1.1\r\n' + sent + b'\r\n')
+                assert sock.recv(12) == b'HTTP/1.1 ' + status
+
+
+def test_connections_that_say_nothing_are_ended_and_others_are_served() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        quiet = [socket.create_connection(('127.0.0.1', proxy.status_port)) for _ in range(30)]
+        started = time.monotonic()
+        ask(proxy, 50)
+        assert time.monotonic() - started < 2, 'mail is not delayed'
+        assert proxy.get('/health', seconds=25).status == 200
+        for sock in quiet:
+            sock.settimeout(20)
+            assert sock.recv(1) == b''
+            sock.close()
+
+
+def test_a_request_that_drips_in_is_cut_off() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        started = time.monotonic()
+        with socket.create_connection(('127.0.0.1', proxy.status_port)) as drip:
+            drip.sendall(b'GET / HTTP/1.1\r\n')
+            with pytest.raises(OSError):
+                while time.monotonic() - started < 30:
+                    drip.sendall(b'x: y\r\n')
+                    time.sleep(0.2)
+        assert time.monotonic() - started < 12
+
+
+#: Serves what no buffer holds to one who does not read it, and tells what stands in the log.
+STOPPED_READER = """
+import gevent, gevent.socket as socket, hapolicy_gevent as hapolicy
+class Status:
+    headers = [('Connection', 'close')]
+    def __call__(self, environ, start_response):
+        start_response('200 OK', self.headers)
+        return [bytes(50_000_000)]
+lines, hapolicy.STATUS_SECONDS = [], 0.5
+log = lambda level, text: lines.append(text)
+hapolicy.patch_sockets()
+hapolicy.report_errors(log)
+listener = hapolicy.open_listener(hapolicy.Address(socket.AF_INET, '127.0.0.1', %d), 0, False)
+hapolicy.serve_status(listener, Status())
+reader = socket.create_connection(listener.getsockname())
+reader.sendall(b'GET / HTTP/1.1\\r\\n\\r\\n')
+gevent.sleep(2)
+received = 0
+while data := reader.recv(65536):
+    received += len(data)
+print(received < 50_000_000, lines[1:])
+"""
+
+
+def test_a_reader_that_stops_is_cut_off() -> None:
+    done = subprocess.run(
+        [sys.executable, '-c', STOPPED_READER % free_port()], capture_output=True, text=True, cwd=MODULE.parent,
+        timeout=60,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ('True []\n', '')
+
+
+def test_hostile_load_on_the_status_does_not_stop_mail() -> None:
+    stop = threading.Event()
+
+    def hammer(paths: tuple[str, ...]) -> None:
+        while not stop.is_set():
+            for path in paths:
+                proxy.get(path)
+
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        threads = [threading.Thread(target=hammer, args=(('/', '/status.json', '/metrics'),)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            delays = []
+            with proxy.client() as client:
+                for _ in range(200):
+                    started = time.monotonic()
+                    assert client.ask_own() == 'A'
+                    delays.append(time.monotonic() - started)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert sorted(delays)[100] < 0.1 and max(delays) < 1, sorted(delays)[-5:]
+
+
+# -- the page
+
+
+def test_names_are_text_in_the_page_and_in_json() -> None:
+    name = '<b>&"\'</noscript><script>alert(1)</script>@LINES@'
+    with stubs(echo) as (a,), StatusProxy('-s', f'{name}=127.0.0.1:{a.port}', '-d', '451 <i>') as proxy:
+        page = proxy.fresh('/')
+        assert proxy.data()['services'][0]['name'] == name
+        with proxy.client() as client:
+            client.ask(b'nonsense\n\n')
+        assert '451 &lt;i&gt;' in proxy.fresh('/') and '<i>' not in proxy.fresh('/')
+    assert '<b>' not in page and 'alert' in page and page.count('<script>') == 1 == page.count('</noscript>')
+    assert '&lt;b&gt;&amp;&quot;&#x27;&lt;/noscript&gt;' in page
+
+
+def test_without_javascript_the_page_has_every_service() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service, '-s', REFUSED_SERVICE) as proxy:
+        ask(proxy, 4)
+        page = proxy.fresh('/')
+    noscript = page.partition('<noscript>')[2].partition('</noscript>')[0]
+    assert re.search(r'A \(127\.0\.0\.1:\d+\): up since \d\d:\d\d, never down; .* answers 4, failed 0', noscript)
+    assert re.search(r'GONE \(127\.0\.0\.1:1\): down since \d\d:\d\d, refused; ', noscript)
+    assert '<p id="headline" class="warning">GONE is down since' in page
+
+
+def test_the_page_asks_for_nothing_from_elsewhere() -> None:
+    page = MODULE.read_text().partition('STATUS_PAGE = ')[2]
+    assert set(re.findall(r'(?:src|href)="([^"]*)"', page)) == {'data:,', 'status.json', 'metrics', 'health'}
+    assert re.findall(r'https?://(?!www\.w3\.org/)', page) == []
+    assert 'innerHTML' not in page and ' style="' not in page
+
+
+# -- the command line
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, str(MODULE), *arguments], input=b'', capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'status', 'said'),
+    [
+        (['--status=nonsense'], 2, "--status 'nonsense'"),
+        (['--status=localhost:10061'], 2, "--status 'localhost:10061'"),
+        (['--status=127.0.0.1:0'], 2, "port '0'"),
+        (['--status=127.0.0.1:10061:'], 2, '--status'),
+        (['--status=unix:relative'], 2, "unix socket 'relative'"),
+        (['--status=127.0.0.1:1', '--status=127.0.0.1:2'], 2, '--status'),
+        (['--status=192.0.2.1:10061'], 1, "--status '192.0.2.1:10061'"),
+        (['--status=unix:/no/such/directory/s'], 1, "--status 'unix:/no/such/directory/s'"),
+    ],
+)
+def test_a_bad_status_ends_the_start_with_one_line(arguments: list[str], status: int, said: str) -> None:
+    done = run('-s', 'a=h:1', f'--listen=127.0.0.1:{free_port()}', *arguments)
+    lines = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout, len(lines)) == (status, b'', 1), lines
+    assert said in lines[0]
+
+
+def test_status_needs_listen_and_an_address_of_its_own() -> None:
+    done = run('-s', 'a=h:1', f'--status=127.0.0.1:{free_port()}')
+    assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and b'needs --listen' in done.stderr
+    where = f'127.0.0.1:{free_port()}'
+    done = run('-s', 'a=h:1', f'--listen={where}', f'--status={where}', '--reuse-port')
+    assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and b'one of its own' in done.stderr
+
+
+def test_a_taken_status_address_ends_the_start_and_reuse_port_shares_it() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        where = f'--status=127.0.0.1:{proxy.status_port}'
+        done = run('-s', a.service, f'--listen=127.0.0.1:{free_port()}', where)
+        assert done.returncode == 1 and b'Address already in use' in done.stderr and b'--status' in done.stderr
+    with stubs(echo) as (a,), StatusProxy('-s', a.service, '--reuse-port') as proxy:
+        where = f'--status=127.0.0.1:{proxy.status_port}'
+        with ProxyProcess('-s', a.service, '--reuse-port', where, port=proxy.port):
+            pids = {json.loads(proxy.get('/status.json').text)['pid'] for _ in range(60)}
+            assert len(pids) == 2
+
+
+def test_a_process_that_is_replaced_leaves_the_status_to_the_new_one_at_once() -> None:
+    with stubs(slow(3)) as (a,), StatusProxy('-s', a.service, '--reuse-port') as old:
+        client = old.client()
+        client.send(request())
+        where = f'--status=127.0.0.1:{old.status_port}'
+        with ProxyProcess('-s', a.service, '--reuse-port', where, port=old.port) as new:
+            old.process.terminate()
+            time.sleep(0.5)
+            assert old.process.poll() is None, 'it drains, with a request in flight'
+            assert {json.loads(old.get('/status.json').text)['pid'] for _ in range(20)} == {new.process.pid}
+        assert client.read_answer()
+
+
+def test_a_unix_socket_serves_the_status(tmp_path: Path) -> None:
+    path = tmp_path / 'status'
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service, f'--status=unix:{path}', '--socket-mode=0660'):
+        assert oct(path.stat().st_mode)[-3:] == '660'
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            sock.sendall(b'GET /health HTTP/1.0\r\n\r\n')
+            reply = b''
+            while data := sock.recv(65536):
+                reply += data
+            assert reply.startswith(b'HTTP/1.1 200 OK\r\n') and reply.endswith(b'\r\n\r\nok\n')
+
+
+def test_without_status_nothing_of_it_is_imported() -> None:
+    names = ('json', 'gevent.pywsgi', 'http.client', 'hashlib', 'html', 'prometheus_client')
+    code = f'import sys, hapolicy_gevent; print([name for name in {names} if name in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=MODULE.parent, timeout=30)
+    assert done.stdout == '[]\n', done
+
+
+def test_the_documented_fields_are_those_that_are_there() -> None:
+    from hapolicy_gevent import Status
+
+    documented = set(re.findall(r'[a-z_0-9]+', Status.data.__doc__ or ''))
+
+    def names(value: Any) -> set[str]:
+        found = set(value)
+        for key, inner in value.items():
+            if isinstance(inner, dict) and key not in ('defaults', 'refused', 'verdicts', 'failures'):
+                found |= names(inner)
+        return found
+
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        data = proxy.data()
+    assert names(data) | names(data['services'][0]) <= documented
+    fields = (inspect.getdoc(Status.data) or '').partition('\n\n')[2]
+    assert fields in (MODULE.parent / 'README.md').read_text(), 'README quotes them all'
