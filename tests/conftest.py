@@ -3,9 +3,15 @@
 import os
 import shutil
 
+import hypothesis
 import pytest
 
 from tests import support
+
+# the same examples each time where a failure would hold up others; new ones on a developer's machine
+hypothesis.settings.register_profile('repeatable', derandomize=True)
+if os.environ.get('CI') == 'true':
+    hypothesis.settings.load_profile('repeatable')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,9 +20,7 @@ def turn(balancer: Balancer, instance: bytes = b'', now: float = 0) -> str:
     """Let a request be chosen for, asked and answered."""
     chosen = balancer.choose(instance, (), now)
     assert chosen is not None
-    generation = chosen.begin(now)
-    chosen.answered(generation, now)
-    chosen.finish(generation)
+    chosen.answered(chosen.begin(now), now)
     return chosen.name
 
 
@@ -99,12 +97,12 @@ def test_a_full_service_is_passed_over_and_waited_for_when_all_are_full() -> Non
 def test_a_stalled_service_gets_requests_only_when_no_other_can_take_them() -> None:
     a, b = service('a'), service('b', prio=20)
     balancer = Balancer([a, b])
-    generation = a.begin(0)
+    slot = a.begin(0)
     assert balancer.choose(b'', (), 4.9) is a
     assert balancer.choose(b'', (), 5.1) is b
     assert balancer.choose(b'', [b], 5.1) is a
     assert a.state is UP
-    a.answered(generation, 6)
+    a.answered(slot, 6)
     assert balancer.choose(b'', (), 7) is a
 
 

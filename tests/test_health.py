@@ -26,6 +26,7 @@ from hapolicy_gevent import (
     Address,
     Balancer,
     Service,
+    Slot,
 )
 
 
@@ -34,10 +35,7 @@ def service(name: str = 'a', maximum: int = 100, weight: int = 1) -> Service:
 
 
 def fail(one: Service, reason: str, now: float = 0, instance: bytes = b'') -> str:
-    generation = one.begin(now)
-    note = one.fail(reason, instance, generation, now)
-    one.finish(generation)
-    return note
+    return one.fail(reason, instance, one.begin(now), now)
 
 
 @pytest.mark.parametrize('reason', [REFUSED, UNREACHABLE])
@@ -93,10 +91,10 @@ def test_on_trial_it_gets_one_request_at_a_time_until_one_is_answered() -> None:
     assert balancer.choose(b'', (), 0) is None
     assert 'trial' in one.probe_connected(1)
     assert balancer.choose(b'', (), 1) is one
-    generation = one.begin(1)
+    slot = one.begin(1)
     assert balancer.choose(b'', (), 1) is None
     assert not balancer.others(())
-    assert 'is up' in one.answered(generation, 2) and one.state is UP
+    assert 'is up' in one.answered(slot, 2) and one.state is UP
     assert balancer.choose(b'', (), 2) is one
 
 
@@ -114,11 +112,10 @@ def test_what_was_in_flight_when_it_went_down_no_longer_counts() -> None:
     old = [one.begin(0) for _ in range(5)]
     fail(one, REFUSED, 1)
     one.probe_connected(2)
-    for generation in old[:4]:
-        assert one.fail(LATE, b'', generation, 3) == ''
-        one.finish(generation)
-    assert one.answered(old[4], 3) == ''
-    one.finish(old[4])
+    for slot in old[:3]:
+        assert one.fail(LATE, b'', slot, 3) == ''
+    assert one.answered(old[3], 3) == ''
+    one.leave(old[4])
     assert (one.state, one.in_flight) == (TRIAL, 0)
 
 
@@ -143,9 +140,10 @@ def test_it_grows_to_twice_what_is_proven() -> None:
     assert one.limit == 1
     limits = []
     for _ in range(4):
-        generations = [one.begin(0) for _ in range(one.limit - one.in_flight)]
-        for generation in generations:
-            one.prove(generation, 0)
+        slots = [one.begin(0) for _ in range(one.limit)]
+        for served, slot in enumerate(slots, 1):
+            one.answered(slot, 0)
+            one.prove(slot, served)
         limits.append(one.limit)
     assert limits == [2, 4, 8, 16]
 
@@ -167,8 +165,7 @@ class Model(RuleBasedStateMachine):
         sizes = [('a', 3, 3), ('b', 5, 2), ('c', 100, 1)]
         self.services = [Steady(name, Address(0, 'h', 1), weight=weight, maximum=most) for name, most, weight in sizes]
         self.balancer = Balancer(self.services)
-        self.flying: list[tuple[Service, int]] = []
-        self.ended: list[tuple[Service, int]] = []
+        self.flying: list[Slot] = []
         self.went_down: dict[Service, float] = {}
         self.count = 0
 
@@ -186,15 +183,14 @@ class Model(RuleBasedStateMachine):
             assert all(one.in_flight >= one.cap for one in self.services), 'a request found no room although there was'
         elif chosen.in_flight < chosen.limit:
             assert chosen.state is not DOWN
-            self.flying.append((chosen, chosen.begin(self.now)))
+            self.flying.append(chosen.begin(self.now))
 
     @precondition(lambda self: self.flying)
     @rule(pick=st.randoms(use_true_random=False))
     def be_answered(self, pick: object) -> None:
-        one, generation = self.flying.pop(pick.randrange(len(self.flying)))  # type: ignore[attr-defined]
-        self.note(one, one.answered(generation, self.now))
-        one.prove(generation, 0)
-        one.finish(generation)
+        slot = self.flying.pop(pick.randrange(len(self.flying)))  # type: ignore[attr-defined]
+        self.note(slot[0], slot[0].answered(slot, self.now))
+        slot[0].prove(slot, 0)
 
     @precondition(lambda self: self.flying)
     @rule(
@@ -203,11 +199,17 @@ class Model(RuleBasedStateMachine):
         instance=st.sampled_from([b'', b'x', b'y']),
     )
     def fail(self, pick: object, reason: str, instance: bytes) -> None:
-        one, generation = self.flying.pop(pick.randrange(len(self.flying)))  # type: ignore[attr-defined]
+        slot = self.flying.pop(pick.randrange(len(self.flying)))  # type: ignore[attr-defined]
+        one = slot[0]
         before = one.state
-        self.note(one, one.fail(reason, instance, generation, self.now))
-        one.finish(generation)
+        self.note(one, one.fail(reason, instance, slot, self.now))
         assert before is one.state or one.state is DOWN
+
+    @precondition(lambda self: self.flying)
+    @rule(pick=st.randoms(use_true_random=False))
+    def be_abandoned(self, pick: object) -> None:
+        slot = self.flying.pop(pick.randrange(len(self.flying)))  # type: ignore[attr-defined]
+        slot[0].leave(slot)
 
     @rule(seconds=st.floats(0, 40), connects=st.booleans())
     def pass_time(self, seconds: float, connects: bool) -> None:
@@ -235,7 +237,7 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def slots_are_counted(self) -> None:
         for one in self.services:
-            mine = sum(1 for other, generation in self.flying if other is one and generation == one.generation)
+            mine = sum(1 for other, generation, _ in self.flying if other is one and generation == one.generation)
             assert one.in_flight == mine <= one.max
 
     @invariant()

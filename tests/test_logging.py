@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hapolicy_gevent import Decision, Service, Statistics, SyslogSink, parse_service, printable, request_line
+from hapolicy_gevent import Service, Statistics, SyslogSink, parse_service, printable, request_line
 from tests.support import MODULE, PostfixClient, ProxyProcess, echo, free_port, request, stubs, wait_until
 
 LINE = re.compile(
@@ -29,13 +29,13 @@ def service() -> Service:
 
 
 def test_a_request_line_has_the_ancestors_fields_in_its_order_and_ours() -> None:
-    line = request_line(Decision(b'DUNNO i1 A', service(), 1, 'ok'), request(instance='i1'), 0.0031)
+    line = request_line((b'DUNNO i1 A', service(), 1, 'ok'), request(instance='i1'), 0.0031)
     assert LINE.match(line), line
     assert 'delay: 0.003s' in line
 
 
 def test_a_request_line_without_a_service() -> None:
-    line = request_line(Decision(b'dunno', None, 0, 'default, no service is up'), request(), 0)
+    line = request_line((b'dunno', None, 0, 'default, no service is up'), request(), 0)
     assert line.startswith('[-] (-), prio: -, weight: -, queries: -, answers: -, failed: -, delay: 0.000s, client: ')
     assert line.endswith("action: 'dunno', instance: , tries: 0, why: default, no service is up")
 
