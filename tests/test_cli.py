@@ -113,6 +113,48 @@ def test_a_file_on_stdin_is_served(tmp_path: Path) -> None:
         assert done.stdout == b'action=DUNNO x A\n\n'
 
 
+def test_pipes_that_another_program_left_non_blocking_lose_nothing(tmp_path: Path) -> None:
+    count = 3000
+    (tmp_path / 'requests').write_bytes(b''.join(ONE % b'%d' % i for i in range(count)))
+    with stubs(echo) as (a,):
+        reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        with (tmp_path / 'requests').open() as file:
+            process = subprocess.Popen([sys.executable, str(MODULE), '-s', a.service], stdin=file, stdout=writes)
+        os.close(writes)
+        time.sleep(1)  # what fits into the pipe is there, and more to come
+        with open(reads, 'rb') as answers:
+            assert answers.read().count(b'action=DUNNO') == count
+        assert process.wait(20) == 0
+
+        reads, writes = os.pipe()
+        os.set_blocking(reads, False)
+        with subprocess.Popen([sys.executable, str(MODULE), '-s', a.service], stdin=reads, stdout=-1) as process:
+            os.close(reads)
+            time.sleep(1)  # it has found nothing to read
+            with open(writes, 'wb') as requests:
+                requests.write(ONE % b'x')
+            assert process.communicate(timeout=20)[0] == b'action=DUNNO x A\n\n'
+
+
+def test_answers_that_nobody_reads_are_no_success(tmp_path: Path) -> None:
+    (tmp_path / 'requests').write_bytes(ONE % b'x' * 6000)
+    with stubs(echo) as (a,):
+        command = [sys.executable, str(MODULE), '-s', a.service, '--grace=2']
+        reads, writes = os.pipe()
+        with (tmp_path / 'requests').open() as file:
+            process = subprocess.Popen(command, stdin=file, stdout=writes)
+        time.sleep(2)  # the pipe is full
+        process.terminate()
+        started = time.monotonic()
+        assert process.wait(20) == 1
+        assert time.monotonic() - started < 3.5, 'the grace was spent twice'
+        os.close(reads)
+        with (tmp_path / 'requests').open() as file:
+            assert subprocess.run(command, stdin=file, stdout=writes, timeout=20).returncode == 1
+        os.close(writes)
+
+
 class Spawned:
     """The proxy as spawn(8) runs it: stdin, stdout and stderr are one socket."""
 

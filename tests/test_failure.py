@@ -25,8 +25,10 @@ from tests.support import (
     PolicyServerStub,
     PostfixClient,
     ProxyProcess,
+    attributes,
     echo,
     free_port,
+    hang,
     hang_up,
     in_threads,
     new_instance,
@@ -240,6 +242,49 @@ def test_one_poisonous_request_gets_the_default_and_takes_no_server_down() -> No
             assert {client.ask_own() for _ in range(12)} == {'A', 'B', 'C'}
             assert 'is down' not in proxy.log
             proxy.logged('given: default, all services failed, last: dropped')
+
+
+def test_i6_a_few_slow_requests_cost_no_other_its_answer() -> None:
+    takes = {'warm': 0.1, 'slow': 3.0}
+
+    def behave(peer: Peer, message: bytes) -> None:
+        time.sleep(takes.get(attributes(message)['sender'], 0))
+        echo(peer, message)
+
+    def ask(proxy: ProxyProcess, sender: str) -> str:
+        with proxy.client() as client:
+            return client.ask(request(instance=new_instance(), sender=sender))
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::1') as proxy:
+        for _ in range(4):  # it is seen to serve eight at once
+            in_threads(8, lambda _: ask(proxy, 'warm'))
+
+        def work(i: int) -> set[str]:
+            if i < 3:
+                return {ask(proxy, 'slow')}
+            end, answers = time.monotonic() + 2, set()
+            while time.monotonic() < end:
+                answers.add(ask(proxy, 'quick')[:5])
+                time.sleep(0.01)
+            return answers
+
+        assert in_threads(5, work) == [{'dunno'}] * 3 + [{'DUNNO'}] * 2
+        assert 'is down' not in proxy.log
+
+
+def test_a_message_that_no_server_answers_in_time_takes_none_down() -> None:
+    def hang_for_one(peer: Peer, message: bytes) -> None:
+        if b'sender=slow' in message:
+            hang(peer, message)
+        echo(peer, message)
+
+    with stubs(hang_for_one, hang_for_one) as (a, b):
+        with ProxyProcess('-s', a.service + ':::0.5', '-s', b.service + ':::0.5') as proxy, proxy.client() as client:
+            instance = new_instance()
+            for _ in range(3):  # recipients
+                assert client.ask(request(instance=instance, sender='slow')) == 'dunno'
+            assert client.ask_own() in ('A', 'B')
+            assert 'is down' not in proxy.log
 
 
 def test_all_down_the_default_comes_at_once_and_is_loud_once() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import random
 import socket
 
-from hapolicy_gevent import InvalidAnswer, RequestBuffer, RequestTooLong, attribute, parse_answer, printable
+from hapolicy_gevent import ClientFault, InvalidAnswer, RequestBuffer, attribute, parse_answer, printable
 from tests.support import HangUp, Peer, ProxyProcess, in_threads, request, stubs
 
 ROUNDS = 100_000
@@ -33,7 +33,7 @@ def test_the_protocol_code_under_mutated_bytes() -> None:
             while (one := buffer.take() if buffer.data else None) is not None:
                 assert one.endswith(b'\n')
                 printable(attribute(one, b'sender') + attribute(one, b'request'))
-        except RequestTooLong:
+        except ClientFault:
             buffer = RequestBuffer()
 
 

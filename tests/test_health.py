@@ -70,6 +70,26 @@ def test_one_poisonous_message_never_takes_a_service_down() -> None:
     assert 'is down' in fail(one, DROPPED, instance=b'another')
 
 
+def test_one_message_that_is_always_late_takes_no_service_down_but_ends_a_trial() -> None:
+    one = service()
+    for _ in range(10):
+        assert fail(one, LATE, instance=b'poison') == ''
+    assert 'is down' in fail(one, LATE, instance=b'another')
+    one.probe_connected(1)
+    assert 'is down' in fail(one, LATE, 1, instance=b'another'), 'to wait once more would be too dear'
+
+
+def test_slow_requests_are_no_failure_of_a_service_that_answers_others_meanwhile() -> None:
+    one = service()
+    slots = [one.begin(0) for _ in range(5)]
+    one.answered(one.begin(1), 1.5)
+    for number, slot in enumerate(slots):
+        assert one.fail(LATE, b'%d' % number, slot, 2) == ''
+    assert (one.state, one.in_flight, one.failures[LATE]) == (UP, 0, 5)
+    assert fail(one, LATE, 3) == ''
+    assert 'is down' in fail(one, LATE, 3), 'nobody was answered since these began'
+
+
 def test_probes_come_at_growing_distances_and_forever() -> None:
     one = service()
     now = 0.0
@@ -127,11 +147,26 @@ def test_a_service_without_a_worker_for_one_more_is_asked_less_and_told_once() -
     advice = one.starve(5, 30)
     assert 'no more than 5' in advice and "set its max" in advice and ':5' in advice
     assert (one.cap, one.limit) == (100, 5)
-    assert one.starve(5, 30) == ''
-    one.relearn(30 + 2 * RELEARN_FIRST - 1)
+    assert one.starve(5, 30) == '', 'of the same burst'
+    one.relearn(30 + RELEARN_FIRST - 1)
     assert one.limit == 5
-    one.relearn(30 + 2 * RELEARN_FIRST)
+    one.relearn(30 + RELEARN_FIRST)
     assert one.limit == 6
+    assert 'no more than 5' in one.starve(5, 100), 'the raise was wrong'
+    one.relearn(100 + 2 * RELEARN_FIRST - 1)
+    assert one.limit == 5, 'the next raise comes after twice the time'
+    one.relearn(100 + 2 * RELEARN_FIRST)
+    assert one.limit == 6
+
+
+@pytest.mark.parametrize(('reason', 'learned'), [(REFUSED, 100), (UNREACHABLE, 100), (DROPPED, 5)])
+def test_what_was_learned_of_a_service_is_forgotten_with_its_process(reason: str, learned: int) -> None:
+    one = service()
+    one.starve(5, 30)
+    one.starve(5, 30)
+    while one.state is UP:
+        fail(one, reason, 40)
+    assert one.learned == learned
 
 
 def test_it_grows_to_twice_what_is_proven() -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from hapolicy_gevent import (
     MAX_MESSAGE,
+    ClientFault,
     InvalidAnswer,
     RequestBuffer,
-    RequestTooLong,
     attribute,
     check_action,
     parse_answer,
@@ -67,8 +67,8 @@ def feed(pieces: Iterator[bytes]) -> tuple[list[bytes], int, str]:
         try:
             while (request := buffer.take() if buffer.data else None) is not None:
                 requests.append(request)
-        except RequestTooLong:
-            return requests, 0, 'RequestTooLong'
+        except ClientFault:
+            return requests, 0, 'ClientFault'
         assert len(buffer.data) <= MAX_MESSAGE
     return requests, len(buffer.data), ''
 
@@ -158,7 +158,7 @@ def test_no_part_of_an_answer_is_taken_for_a_different_one(data: bytes) -> None:
 
 def test_the_buffer_stays_bounded() -> None:
     buffer = RequestBuffer()
-    with pytest.raises(RequestTooLong):
+    with pytest.raises(ClientFault):
         for _ in range(1000):
             buffer.feed(b'x' * 1000)
             buffer.take()
