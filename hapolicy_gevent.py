@@ -17,7 +17,7 @@ Service options:
                            address: IPv4, [IPv6] or a host name; or unix:/path
                              in place of <address>:<port>
                            prio: 1 or more, lower wins (10)
-                           weight: 1 or more, share among equal prios (1)
+                           weight: 1 to 1000, share among equal prios (1)
                            timeout: seconds for a whole query (30)
                            max: requests in flight at most (100)
                            an empty field takes its default
@@ -65,6 +65,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import operator
 import os
@@ -79,8 +80,7 @@ import time
 import warnings
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import gevent
@@ -107,6 +107,8 @@ MAX_MESSAGE = 65536
 RECEIVE = 8192
 
 DEFAULT_PRIO, DEFAULT_WEIGHT = 10, 1
+#: Turns of a service in a cycle, which is kept as a list; HAProxy allows 256.
+MAX_WEIGHT = 1000
 #: Seconds; the ancestor's, above the 20 s that SPF servers allow themselves.
 DEFAULT_TIMEOUT = 30.0
 #: Requests in flight per service: Postfix's default_process_limit.
@@ -379,7 +381,7 @@ class Latency:
     def quantile(cls, counts: Sequence[int], part: float) -> float | None:
         """Return the bound in seconds that so large a part of what was counted keeps to; None of nothing."""
         rank = part * sum(counts)
-        for bound, seen in zip((*cls.BOUNDS, math.inf), accumulate(counts), strict=True):
+        for bound, seen in zip((*cls.BOUNDS, math.inf), itertools.accumulate(counts), strict=True):
             if seen >= rank > 0:
                 return bound
         return None
@@ -460,7 +462,6 @@ class Service:
         self.where = str(address)
         self.state, self.since = UP, 0.0
         self.generation = 0
-        self.credit = 0  # of the smooth weighted round robin
         self.in_flight = self.waiting = 0
         self.proven = 0  # requests at once that were seen to be served
         self.learned, self.starved_at = maximum, -RELEARN_LAST  # what it seems to serve at most, and when that was seen
@@ -492,7 +493,7 @@ class Service:
 
     def stalled(self, now: float) -> bool:
         """Tell whether requests are in flight and not one was answered for `stall` seconds."""
-        return self.in_flight > 0 and now - self.quiet_since > self.stall
+        return now - self.quiet_since > self.stall and self.in_flight > 0
 
     def resize(self) -> None:
         """Work out how many requests it may get.
@@ -644,7 +645,7 @@ def parse_service(text: str) -> Service:
         prio, weight, timeout, maximum = (fields + [''] * 4)[:4]
         return Service(name, address,
                        parse_number(prio or str(DEFAULT_PRIO), 'prio', 1, 10**9),
-                       parse_number(weight or str(DEFAULT_WEIGHT), 'weight', 1, 10**6),
+                       parse_number(weight or str(DEFAULT_WEIGHT), 'weight', 1, MAX_WEIGHT),
                        parse_seconds(timeout or str(DEFAULT_TIMEOUT), 'timeout'),
                        parse_number(maximum or str(DEFAULT_MAX), 'max', 1, 10**6))  # fmt: skip
     except UsageError as error:
@@ -657,21 +658,42 @@ def parse_service(text: str) -> Service:
 Slot: TypeAlias = 'tuple[Service, int, float]'
 
 
+def one_cycle(services: Sequence[Service]) -> Iterator[Service]:
+    """Yield each service as often as its weight says, interleaved: smooth weighted round robin (as nginx's).
+
+    All gain their weight at each turn; the richest has the turn and pays what all gained.
+    """
+    weights = [service.weight for service in services]
+    credit = dict.fromkeys(services, 0)
+    for _ in range(sum(weights) // max(1, math.gcd(*weights))):
+        for service in services:
+            credit[service] += service.weight
+        richest = max(services, key=credit.__getitem__)
+        credit[richest] -= sum(weights)
+        yield richest
+
+
 class Balancer:
     """Chooses a service for each request: affinity by instance, then prio, then weight.
 
-    Smooth weighted round robin (as nginx's): every service in turn gains its weight, the richest is
-    chosen and pays what all gained. Exact over each full cycle, interleaved, and without a burst
-    when a service returns: all start from nothing when one comes or goes.
+    The cycle of each prio is laid out when one of its services comes or goes: shares are exact over
+    a cycle, nobody has a burst at its return, and a choice costs the same among two or twenty.
     """
 
     def __init__(self, services: Iterable[Service]) -> None:
         self.services = sorted(services, key=lambda service: service.prio)
-        prios = sorted({service.prio for service in self.services})
-        self.groups = [[service for service in self.services if service.prio == prio] for prio in prios]
+        self._turns: dict[int, tuple[Iterator[Service], int]] = {}  # by prio: for ever, and how many are a cycle
+        for service in self.services:
+            self.changed(service)
         # two generations: forgetting the oldest half at once costs nothing per request
         self._young: dict[bytes, Service] = {}
         self._old: dict[bytes, Service] = {}
+
+    def changed(self, service: Service) -> None:
+        """Begin the cycle of a service's prio anew: one of it came or went."""
+        there = [other for other in self.services if other.prio == service.prio and other.state is not DOWN]
+        turns = list(one_cycle(there))
+        self._turns[service.prio] = itertools.cycle(turns), len(turns)
 
     def choose(self, instance: bytes, tried: Sequence[Service], now: float,
                stalled_too: bool = False) -> Service | None:  # fmt: skip
@@ -684,22 +706,13 @@ class Balancer:
             if (bound is not None and bound.in_flight + bound.waiting < bound.room
                     and bound not in tried and not bound.stalled(now)):  # fmt: skip
                 return bound
-        long_ago = now - Service.stall
-        for group in self.groups:
-            best, richest, total = None, 0, 0
-            for service in group:
+        for turns, length in self._turns.values():
+            for service in itertools.islice(turns, length):
                 if service.in_flight + service.waiting >= service.room or service in tried:
                     continue
-                if service.quiet_since < long_ago and service.in_flight and not stalled_too:
-                    continue  # stalled(), without the call
-                service.credit = credit = service.credit + service.weight
-                total += service.weight
-                if best is None or credit > richest:
-                    best, richest = service, credit
-            if best is not None:
-                best.credit -= total
-                self.bind(instance, best)
-                return best
+                if stalled_too or not service.stalled(now):
+                    self.bind(instance, service)
+                    return service
         return None if stalled_too else self.choose(instance, tried, now, True)
 
     def bind(self, instance: bytes, service: Service) -> None:
@@ -713,12 +726,6 @@ class Balancer:
     def others(self, tried: Sequence[Service]) -> bool:
         """Tell whether a service is worth waiting for: up, and not yet tried."""
         return any(service.state is UP and service not in tried for service in self.services)
-
-    def changed(self, service: Service) -> None:
-        """Let the shares of a service's group start anew: one of it came or went."""
-        for other in self.services:
-            if other.prio == service.prio:
-                other.credit = 0
 
 
 # ---------------------------------------------------------------------------
@@ -1765,7 +1772,7 @@ class History:
     def steps(self) -> dict[str, list[int]]:
         """Return how many answers and failures each interval between two samples had, the oldest first."""
         samples = list(self._samples)
-        pairs = list(pairwise(samples))
+        pairs = list(itertools.pairwise(samples))
         return {
             'answers': [after.answers - before.answers for before, after in pairs],
             'failed': [after.failed - before.failed for before, after in pairs],
@@ -2112,7 +2119,7 @@ def metrics_registry(collector: Any) -> Any:
 
 def buckets(latency: Latency) -> list[tuple[str, int]]:
     """Return a histogram as Prometheus has it: cumulative, here with 1-2-5 bounds."""
-    seen = list(accumulate(latency.counts))
+    seen = list(itertools.accumulate(latency.counts))
     bounds = [f'{bound:g}' for bound in latency.BOUNDS]
     kept = [(text, count) for text, count in zip(bounds, seen, strict=False) if text.strip('0.') in ('1', '2', '5')]
     return [*((str(float(text)), count) for text, count in kept), ('+Inf', seen[-1])]
