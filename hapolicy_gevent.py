@@ -460,7 +460,7 @@ class Service:
         self.name, self.address, self.prio, self.weight = name, address, prio, weight
         self.timeout, self.max = timeout, maximum
         self.where = str(address)
-        self.state, self.since = UP, 0.0
+        self.state, self.since = UP, 0.0  # since when it is up, or no longer (0: unknown)
         self.generation = 0
         self.in_flight = self.waiting = 0
         self.proven = 0  # requests at once that were seen to be served
@@ -477,7 +477,7 @@ class Service:
         self.failures = dict.fromkeys(FAILURES, 0)
         self.verdicts = dict.fromkeys(VERDICTS, 0)  # of its answers
         self.latency = Latency()  # of its answers, from the request to the answer
-        self.why = 'not asked yet'  # it is in its state
+        self.why = 'never down'  # why it is up again, or no longer
 
     def __repr__(self) -> str:
         return f'<Service {self.name} {self.state}, {self.in_flight}+{self.waiting} of {self.limit}/{self.cap}>'
@@ -486,6 +486,11 @@ class Service:
     def failed(self) -> int:
         """Queries that got no usable answer."""
         return sum(self.failures.values())
+
+    @property
+    def able(self) -> bool:
+        """Whether it can be expected to answer: one that waits on trial can, one that has its trial may not."""
+        return self.state is UP or (self.state is TRIAL and not self.in_flight)
 
     def answered_since(self, slot: Slot) -> bool:
         """Tell whether it has answered others since a slot was taken that is still held."""
@@ -598,8 +603,12 @@ class Service:
         return self._turn(TRIAL, 'a probe connected', now)
 
     def _turn(self, state: str, why: str, now: float) -> str:
-        lasted = f' (was {self.state} for {now - self.since:.1f}s)' if self.since else ''
-        self.state, self.since, self.why, self.clogged = state, now, why, False
+        lasted = f' ({UP if self.state is UP else DOWN} for {now - self.since:.1f}s)' if self.since else ''
+        if UP in (state, self.state):  # all from the failure to the first answer is one outage
+            self.since = now
+        if state is not TRIAL:
+            self.why = why
+        self.state, self.clogged = state, False
         if state is UP:
             self.fails = 0
         self.resize()
@@ -762,33 +771,57 @@ class Statistics:
         return ', '.join([*counted, f'defaults: {sum(self.defaults.values())}'])
 
 
+class Sample(NamedTuple):
+    """The counters of one service at one moment, or between two."""
+
+    when: float  # monotonic seconds
+    answers: int
+    failed: int
+    counts: list[int]  # of its Latency
+
+    @classmethod
+    def of(cls, service: Service) -> Sample:
+        """Return the counters as they are now."""
+        return cls(time.monotonic(), service.answers, service.failed, service.latency.counts.copy())
+
+    def after(self, base: Sample) -> Sample:
+        """Return what was counted since an earlier sample; `when` is how many seconds that is."""
+        counts = list(map(operator.sub, self.counts, base.counts))
+        return Sample(self.when - base.when, self.answers - base.answers, self.failed - base.failed, counts)
+
+    def quantile(self, part: float) -> float | None:
+        """Return the bound in seconds that so large a part of the answers keeps to; None of no answers."""
+        return Latency.quantile(self.counts, part)
+
+
 class Summary:
     """What happened since the last one, in a line for the log."""
 
     def __init__(self, statistics: Statistics, services: Sequence[Service]) -> None:
         self._statistics, self._services = statistics, services
-        self._since = time.monotonic()
-        self._last = self._counted()
+        self._last = self._now()
 
-    def _counted(self) -> list[int]:
+    def _now(self) -> tuple[list[int], list[Sample]]:
         statistics = self._statistics
-        latencies = [count for service in self._services for count in service.latency.counts]
-        failed = sum(service.failed for service in self._services)
-        return [statistics.requests, statistics.answers, sum(statistics.defaults.values()), failed, *latencies]
+        counted = [statistics.requests, statistics.answers, sum(statistics.defaults.values())]
+        return counted, list(map(Sample.of, self._services))
 
     def line(self) -> str:
         """Return the line, '' if there was no request."""
-        counted, now = self._counted(), time.monotonic()
-        requests, answers, defaults, failures, *latencies = map(operator.sub, counted, self._last)
-        lasted, self._since, self._last = now - self._since, now, counted
+        (before, old), self._last = self._last, self._now()
+        requests, answers, defaults = map(operator.sub, self._last[0], before)
+        samples = list(map(Sample.after, self._last[1], old))
         if not requests:
             return ''
-        each = len(Latency.BOUNDS) + 1
-        slowest = [Latency.quantile(latencies[i : i + each], 0.99) for i in range(0, len(latencies), each)]
-        told = [f'{service.name} ' + ('-' if p99 is None else f'{p99 * 1000:.4g} ms')
-                for service, p99 in zip(self._services, slowest, strict=True)]  # fmt: skip
-        return (f'summary of {lasted:.0f}s, requests: {requests}, answers: {answers}, defaults: {defaults}, '
-                f'failures: {failures}, p99: {", ".join(told)}')  # fmt: skip
+        slowest = [f'{service.name} {milliseconds(sample.quantile(0.99))}'
+                   for service, sample in zip(self._services, samples, strict=True)]  # fmt: skip
+        return (f'summary of {samples[0].when:.0f}s, requests: {requests}, answers: {answers}, defaults: {defaults}, '
+                f'failures: {sum(sample.failed for sample in samples)}, p99: {", ".join(slowest)}')  # fmt: skip
+
+
+def milliseconds(bound: float | None) -> str:
+    """Return a quantile for people."""
+    return '-' if bound is None else 'over 100 s' if bound == math.inf else f'{bound * 1000:.4g} ms'
 
 
 #: What a request got: the action, the service asked last, how many were asked, and why.
@@ -1073,7 +1106,7 @@ def _connect_unix(path: str) -> socket.socket:
 def connect_failure(error: OSError) -> ServiceFailure:
     """Return what an error in connecting says of the service: the one place where errno is judged."""
     if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
-        return ServiceFailure(REFUSED, 'connection refused')
+        return ServiceFailure(REFUSED, str(error.strerror).lower())
     if isinstance(error, TimeoutError):
         return ServiceFailure(LATE, f'no connection within {CONNECT_TIMEOUT:g}s')
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -1502,6 +1535,8 @@ class Proxy:
         self.draining = False
         self._default, self._deadline, self._log = default, deadline, log
         self._defaults_told = 0
+        for service in services:
+            service.since = time.monotonic()
         gevent.spawn(self._keep)
 
     # -- deciding
@@ -1735,48 +1770,27 @@ class Proxy:
 # ---------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
-    """The counters of one service at one moment."""
-
-    when: float  # monotonic seconds
-    answers: int
-    failed: int
-    counts: list[int]  # of its Latency
-
-
 class History:
     """The last ten minutes of one service, sampled: requests pay nothing for it."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._samples = deque([self._now()], maxlen=SAMPLES)
-
-    def _now(self) -> Sample:
-        service = self._service
-        return Sample(time.monotonic(), service.answers, service.failed, service.latency.counts.copy())
+        self._samples = deque([Sample.of(service)], maxlen=SAMPLES)
 
     def take(self) -> None:
         """Keep a sample, and forget the oldest of ten minutes."""
-        self._samples.append(self._now())
+        self._samples.append(Sample.of(self._service))
 
     def lately(self, seconds: float) -> Sample:
-        """Return what was counted in the last so many seconds, up to one sample more; `when` is how long that is.
-
-        All there is, while the history is shorter.
-        """
-        now = self._now()
-        base = next((old for old in reversed(self._samples) if now.when - old.when >= seconds), self._samples[0])
-        counts = [after - before for after, before in zip(now.counts, base.counts, strict=True)]
-        return Sample(now.when - base.when, now.answers - base.answers, now.failed - base.failed, counts)
+        """Return what was counted in the last so many seconds, up to one sample more; all, while there is less."""
+        now = Sample.of(self._service)
+        old = (sample for sample in reversed(self._samples) if now.when - sample.when >= seconds)
+        return now.after(next(old, self._samples[0]))
 
     def steps(self) -> dict[str, list[int]]:
         """Return how many answers and failures each interval between two samples had, the oldest first."""
-        samples = list(self._samples)
-        pairs = list(itertools.pairwise(samples))
-        return {
-            'answers': [after.answers - before.answers for before, after in pairs],
-            'failed': [after.failed - before.failed for before, after in pairs],
-        }
+        steps = [after.after(before) for before, after in itertools.pairwise(self._samples)]
+        return {'answers': [step.answers for step in steps], 'failed': [step.failed for step in steps]}
 
 
 def lasting(seconds: float) -> str:
@@ -1797,18 +1811,13 @@ def clock(when: float) -> str:
     return time.strftime('%H:%M' if today else '%Y-%m-%d %H:%M', there)
 
 
-def milliseconds(seconds: float | None) -> str:
-    """Return a quantile for people: a bound that so many answers keep to."""
-    return '-' if seconds is None else f'{seconds * 1000:g} ms' if seconds < 1 else f'{seconds:g} s'
-
-
 class Status:
     """What the proxy tells of itself by HTTP: a WSGI application that only reads counters.
 
-    /             the page for people, renewed every 2 s from status.json
+    /             the page for people: a constant, filled every 2 s from status.json
     /status.json  all of it for programs, described at data()
     /metrics      for Prometheus, if its client library is installed; 501 if not
-    /health       200 'ok' while a service is up and no drain has begun; else 503 and why, in one line
+    /health       200 'ok' while a service is able to answer and no drain has begun; else 503 and why, in one line
 
     The Host header is not looked at: there is nothing here to change and no secret to read, and a
     reverse proxy may give it any name. Who may read it is who can reach the address.
@@ -1865,7 +1874,7 @@ class Status:
     def _answer(self, path: str) -> tuple[str, str, bytes]:
         """Return status, type and body for a path."""
         if path == '/':
-            return '200 OK', 'text/html', self._kept(path, self._page)
+            return '200 OK', 'text/html', STATUS_PAGE.encode()
         if path == '/status.json':
             return '200 OK', 'application/json', self._kept(path, self._json)
         if path == '/health':
@@ -1889,8 +1898,8 @@ class Status:
         """Return why no new client should be sent here, '' if there is no reason."""
         if self._proxy.draining:
             return 'draining'
-        up = any(service.state is UP for service in self._services)
-        return '' if up else f"no service is up: '{self._default}' is given to every request"
+        able = any(service.able for service in self._services)
+        return '' if able else f"no service is up: '{self._default}' is given to every request"
 
     def _json(self) -> bytes:
         import json
@@ -1902,22 +1911,6 @@ class Status:
 
         assert self._registry is not None
         return bytes(generate_latest(self._registry))
-
-    def _page(self) -> bytes:
-        """Return the page, with what a browser without JavaScript is to show."""
-        from html import escape
-
-        data = self.data()
-        lines = [
-            f'{s["name"]} ({s["address"]}): {"stalled" if s["stalled"] else s["state"]} since {clock(s["since"])}, '
-            f'{s["why"]}; in flight {s["in_flight"]} of {s["max"]}; {s["requests_per_second"]:g} requests/s; '
-            f'p99 {milliseconds(s["p99"])}; answers {s["answers"]}, failed {s["failed"]}'
-            for s in data['services']
-        ]
-        filled = {'@LEVEL@': data['headline']['level'], '@HEADLINE@': data['headline']['text'],
-                  '@LINES@': '\n'.join(lines)}  # fmt: skip
-        page = re.sub('@[A-Z]+@', lambda found: escape(filled[found[0]]), STATUS_PAGE)
-        return page.encode('utf-8', 'backslashreplace')
 
     # -- what is told
 
@@ -1939,7 +1932,7 @@ class Status:
           learned_max: fewer, when it seems to serve no more; else null
           state: up, trial (one request at a time until one is answered) or down
           stalled: whether requests are in flight and none was answered for --stall seconds
-          since: unix seconds, of its state; lasting: seconds since then; why: it is in its state
+          since: unix seconds, when it came up or ceased to be; lasting: seconds since then; why: it did
           in_flight, waiting, idle_connections: now
           queries, answers, failed: since the start; verdicts: its answers by class; failures: by reason
           requests_per_second: answered or failed in the last 10 s
@@ -1952,7 +1945,7 @@ class Status:
         statistics = self._proxy.statistics
         minute = {service: history.lately(SHARE_SECONDS) for service, history in self._histories.items()}
         answers = sum(sample.answers for sample in minute.values())
-        level, text = self.headline(now, wall)
+        level, text = self.headline(minute, now, wall)
         return {
             'version': 1, 'program': __version__, 'pid': os.getpid(),
             'time': round(wall, 3), 'started': round(wall - (now - self._started), 3),
@@ -1968,14 +1961,14 @@ class Status:
     def _service(self, service: Service, minute: Sample, answers: int, now: float, wall: float) -> dict[str, Any]:
         recent = self._histories[service].lately(RATE_SECONDS)
         parts = {'p50': 0.5, 'p95': 0.95, 'p99': 0.99}
-        slow = {name: Latency.quantile(minute.counts, part) for name, part in parts.items()}
-        since = self._since(service)
+        slow = {name: minute.quantile(part) for name, part in parts.items()}
         return {
             'name': service.name, 'address': service.where, 'prio': service.prio, 'weight': service.weight,
             'timeout': service.timeout, 'max': service.max,
             'learned_max': service.learned if service.learned < service.max else None,
             'state': service.state, 'stalled': service.stalled(now),
-            'since': round(wall - (now - since), 3), 'lasting': round(now - since, 3), 'why': self._why(service),
+            'since': round(wall - (now - service.since), 3), 'lasting': round(now - service.since, 3),
+            'why': service.why if service.queries else 'not asked yet',
             'in_flight': service.in_flight, 'waiting': service.waiting,
             'idle_connections': len(self._proxy.pools[service].idle),
             'queries': service.queries, 'answers': service.answers, 'failed': service.failed,
@@ -1987,46 +1980,37 @@ class Status:
             'history': self._histories[service].steps(),
         }  # fmt: skip
 
-    def _since(self, service: Service) -> float:
-        """Return when a service came into its state; one that never changed has it since the start."""
-        return service.since or self._started
-
-    @staticmethod
-    def _why(service: Service) -> str:
-        return service.why if service.since or not service.queries else 'never down'
-
-    def headline(self, now: float, wall: float) -> tuple[str, str]:
+    def headline(self, minute: dict[Service, Sample], now: float, wall: float) -> tuple[str, str]:
         """Return how bad it is (ok, warning, bad), and in words which service, since when, why and what it cost."""
-        down = [service for service in self._services if service.state is not UP]
-        said = [self._trouble(service, now, wall) for service in [*down, *self._stalled(now)]]
-        level = 'bad' if len(down) == len(self._services) else 'warning' if said else 'ok'
+        services = self._services
+        ill = [service for service in services if service.state is not UP or service.stalled(now)]
+        said = [self._trouble(service, now, wall) for service in ill]
+        level = 'bad' if not any(service.able for service in services) else 'warning' if said else 'ok'
         if len(said) > 3:
             said[3:] = [f'{len(said) - 3} more are not well.']
-        if level == 'bad' and len(down) > 1:
+        if level == 'bad' and len(services) > 1:
             said.insert(0, 'No service is up.')
         if not said:
-            count = len(self._services)
-            said.append(f'All {count} services are up.' if count > 1 else f'{self._services[0].name} is up.')
-        if self._proxy.draining:
-            level = 'bad' if level == 'bad' else 'warning'
-            said.insert(0, f'Draining: no new client is accepted, {len(self._proxy.clients)} are connected.')
+            new = sum(not service.queries for service in services)
+            up = f'All {len(services)} services are up' if len(services) > 1 else f'{services[0].name} is up'
+            said.append(up + (f' ({new} not asked yet).' if new else '.'))
         given = sum(self._proxy.statistics.defaults.values()) - self._given[0][1]
-        if given or level != 'ok':
-            level = 'warning' if level == 'ok' else level
-            said.append(self._cost(given, now))
-        return level, ' '.join(said)
-
-    def _stalled(self, now: float) -> list[Service]:
-        return [service for service in self._services if service.state is UP and service.stalled(now)]
+        failing = [f'{service.name} failed {sample.failed} of {sample.failed + sample.answers} queries in the last'
+                   f' {sample.when:.0f} s.' for service, sample in minute.items() if sample.failed]  # fmt: skip
+        if self._proxy.draining:
+            said.insert(0, f'Draining: no new client is accepted, {len(self._proxy.clients)} are connected.')
+        if level == 'ok' and (given or failing or self._proxy.draining):
+            level = 'warning'
+        return level, ' '.join([*said, *failing[:3], *([self._cost(given, now)] if level != 'ok' else [])])
 
     def _trouble(self, service: Service, now: float, wall: float) -> str:
         """Return a sentence about a service that is down, on trial or stalled."""
         if service.state is UP:
             silent = lasting(now - service.quiet_since)
             return f'{service.name} is stalled: {service.in_flight} in flight and no answer for {silent}.'
-        lasted = now - self._since(service)
-        state = 'on trial' if service.state is TRIAL else service.state
-        return f'{service.name} is {state} since {clock(wall - lasted)} (for {lasting(lasted)}): {service.why}.'
+        since = f'since {clock(wall - (now - service.since))} (for {lasting(now - service.since)}): {service.why}'
+        trial = '; it can be connected to and waits for a request' if service.able else ''
+        return f'{service.name} is down {since}{trial}.'
 
     def _cost(self, given: int, now: float) -> str:
         """Return a sentence about the default actions given lately."""
@@ -2083,7 +2067,7 @@ class Status:
         yield from (answers, failures, seconds)
         now = time.monotonic()
         for name, text, value in (
-            ('up', '1 if it is up; 0 on trial or down', lambda service: service.state is UP),
+            ('up', '1 if it is up, or on trial and waiting for a request; else 0', lambda service: service.able),
             ('stalled', '1 if requests are in flight and none was answered for --stall', lambda s: s.stalled(now)),
             ('in_flight', 'requests in flight', lambda service: service.in_flight),
             ('max', 'requests in flight at most, as set or as learned', lambda s: min(s.max, s.learned)),
@@ -2096,11 +2080,11 @@ class Status:
 
 
 #: The body of /metrics where the client library is missing.
-NO_PROMETHEUS = b"""\
+NO_PROMETHEUS = f"""\
 The Prometheus client library is not installed. Either of these does it, then restart hapolicy:
-  pip install 'hapolicy-gevent[metrics]'
+  {sys.executable} -m pip install prometheus-client
   apt-get install python3-prometheus-client
-"""
+""".encode()
 
 
 def metrics_registry(collector: Any) -> Any:
@@ -2134,6 +2118,8 @@ def cut_off(sock: socket.socket) -> None:
 
 def status_handler(headers: Sequence[tuple[str, str]]) -> Any:
     """Return pywsgi's handler, bounded in time and bytes; nothing that a client sends is printed or logged."""
+    from http import HTTPStatus
+
     from gevent.pywsgi import WSGIHandler
 
     class Handler(WSGIHandler):
@@ -2152,7 +2138,8 @@ def status_handler(headers: Sequence[tuple[str, str]]) -> Any:
             result = super().handle_one_request()
             if isinstance(result, tuple):  # the request was not understood
                 lines = ''.join(f'{name}: {value}\r\n' for name, value in headers)
-                result = result[0], f'HTTP/1.1 {result[0]} Bad Request\r\n{lines}Content-Length: 0\r\n\r\n'.encode()
+                told = f'HTTP/1.1 {result[0]} {HTTPStatus(int(result[0])).phrase}\r\n{lines}Content-Length: 0\r\n\r\n'
+                result = result[0], told.encode()
             return result
 
         def read_request(self, raw_requestline: str) -> Any:
@@ -2351,24 +2338,27 @@ def check_service(service: Service) -> tuple[bool, list[str]]:
     except ServiceFailure as failure:
         return False, [*row, 'FAILED', f'{failure.reason}: {failure}']
     answered = time.monotonic()
-    row.append('answered')
-    row.append(f'connect {(connected - began) * 1000:.1f} ms, answer {(answered - connected) * 1000:.1f} ms')
-    row.append(f"{verdict(action)}: '{printable(action)}'")
     gevent.sleep(SETTLE)
     if not connection.spent and connection.poll(0) and connection.receive_now():
-        return False, [*row, 'and then sent more: requests could get the answers of others']
-    return True, row
+        return False, [*row, 'FAILED', 'invalid: it sent more after its answer: requests could get those of others']
+    times = f'connect {(connected - began) * 1000:6.1f} ms, answer {(answered - connected) * 1000:7.1f} ms'
+    return True, [*row, 'answered', times, f"{verdict(action)}: '{printable(action)}'"]
 
 
 def check_services(services: Sequence[Service]) -> int:
-    """Ask all services at once; print a line for each; return the exit status."""
-    checks = [gevent.spawn(check_service, service) for service in services]
-    gevent.joinall(checks, raise_error=True)
-    results = [check.get() for check in checks]
-    widths = [max(len(row[i]) for _, row in results if len(row) > i + 1) for i in range(3)]
-    for _, row in results:
-        print('  '.join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), *row[3:]]).rstrip())
-    return 0 if all(answered for answered, _ in results) else 1
+    """Ask all services at once; print a line for each as it comes; return the exit status."""
+    widths = [max(len(service.name) for service in services), max(len(service.where) for service in services), 8, 0, 0]
+    fine = True
+    for check in gevent.iwait([gevent.spawn(check_service, service) for service in services]):
+        answered, row = check.get()
+        fine = fine and answered
+        line = '  '.join(map(str.ljust, row, widths)).rstrip()
+        try:
+            os.write(1, f'{line}\n'.encode('utf-8', 'backslashreplace'))
+        except OSError as error:
+            complain(f'stdout: {error.strerror}; it is where the answers are told')
+            return 1
+    return 0 if fine else 1
 
 
 def open_listener(address: Address, mode: int, reuse: bool, option: str = '--listen') -> socket.socket:
@@ -2542,6 +2532,10 @@ def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop
     inherited = listeners[: len(listeners) - len(options.listen)]
     where = ', '.join([*map(bound_to, inherited), *map(str, options.listen)])
     log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {where}')
+    eager = [service.name for service in options.services if service.timeout > options.deadline / 2]
+    if eager and len(options.services) > 1:
+        log(WARNING, f'The timeout of {", ".join(eager)} is over half of --deadline {options.deadline:g}s: a query that'
+                     ' would leave no time for another service is given up after half of what is left')  # fmt: skip
     if options.summary:
         gevent.spawn(proxy.summarize, options.summary)
     notify('READY=1')
@@ -2669,13 +2663,14 @@ footer { margin-top: 1rem; color: var(--dim); }
 <body>
 <header>
 <h1>hapolicy <span id="program"></span></h1>
-<div class="bar"><span id="updated"></span><button id="pause" type="button" aria-pressed="false">Pause</button></div>
+<div class="bar"><span id="updated"></span>
+<button id="pause" type="button" aria-pressed="false" hidden>Pause</button></div>
 </header>
 <main>
-<p id="headline" class="@LEVEL@">@HEADLINE@</p>
+<p id="headline"></p>
 <p id="told" class="hidden" aria-live="polite"></p>
 <p id="old" role="alert" hidden></p>
-<noscript><p>Without JavaScript this is the state at the time of loading:</p><pre>@LINES@</pre></noscript>
+<noscript><p>This page needs JavaScript; status.json, metrics and health, below, do not.</p></noscript>
 <div id="figures" hidden>
 <h2>Since the start</h2>
 <dl id="totals"></dl>
@@ -2812,8 +2807,8 @@ function show(data) {
   const level = {ok: 'OK', warning: 'warning', bad: 'DOWN'}[data.headline.level];
   document.title = `${level} - hapolicy`;
   put($('program'), data.program);
-    put($('zone'), `times of the server, UTC${offset < 0 ? '-' : '+'}${Math.abs(offset) / 3600}`);
-  $('figures').hidden = false;
+  put($('zone'), `times of the server, UTC${offset < 0 ? '-' : '+'}${Math.abs(offset) / 3600}`);
+  $('figures').hidden = $('pause').hidden = false;
   loaded = clock(data.time, data.time);
   put($('updated'), `as of ${loaded}`);
 }
@@ -2845,7 +2840,8 @@ $('pause').addEventListener('click', () => {
   paused = !paused;
   $('pause').setAttribute('aria-pressed', paused);
   clearTimeout(timer);
-  if (paused) put($('updated'), `paused; ${$('updated').textContent}`); else load();
+  put($('updated'), `${paused ? 'paused; ' : ''}as of ${loaded}`);
+  if (!paused) load();
 });
 for (const column of COLUMNS) put(add($('columns'), 'th', {role: 'columnheader', scope: 'col'}), column);
 load();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.support import (
     ProxyProcess,
     answer,
     attributes,
+    echo,
     free_port,
     hang,
     hang_up,
@@ -32,14 +34,15 @@ def check(*services: str) -> tuple[int, list[str]]:
     command = [sys.executable, str(MODULE), '--check-services', *arguments]
     done = subprocess.run(command, capture_output=True, timeout=60, text=True)
     assert done.stderr == ''
-    return done.returncode, done.stdout.splitlines()
+    lines = {line.partition(' ')[0]: line for line in done.stdout.splitlines()}  # they come as they are answered
+    return done.returncode, [lines[service.partition('=')[0]] for service in services]
 
 
 def test_services_that_answer_are_told_with_their_times_and_verdicts() -> None:
     with stubs(answer(b'action=DUNNO\n\n'), answer(b'action=550 5.7.1 no\n\n')) as (a, b):
         status, lines = check(a.service, b.service)
     assert status == 0
-    times = r'connect \d+\.\d ms, answer \d+\.\d ms'
+    times = r'connect +\d+\.\d ms, answer +\d+\.\d ms'
     assert re.fullmatch(rf"A +127\.0\.0\.1:\d+ +answered +{times} +ok: 'DUNNO'", lines[0]), lines
     assert re.fullmatch(rf"B +127\.0\.0\.1:\d+ +answered +{times} +reject: '550 5\.7\.1 no'", lines[1]), lines
     assert len(lines) == 2 and lines[0].index('answered') == lines[1].index('answered'), lines
@@ -54,11 +57,36 @@ def test_every_service_that_does_not_answer_is_told_with_the_reason() -> None:
     assert status == 1
     assert time.monotonic() - began < 20, 'all are asked at the same time'
     said = [line.split('FAILED')[1].strip() for line in lines]
-    expected = ['refused: ', 'unreachable: ', 'refused: ', 'timeout: no answer within 1s', 'dropped: ',
-                'invalid: the bare number 550', 'invalid: an answer without', 'invalid: bytes after']  # fmt: skip
+    expected = ['refused: connection refused', 'unreachable: ', 'refused: no such file',
+                'timeout: no answer within 1s', 'dropped: ', 'invalid: the bare number 550',
+                'invalid: an answer without', 'invalid: bytes after']  # fmt: skip
     assert len(said) == len(expected)
     for text, start in zip(said, expected, strict=True):
         assert text.startswith(start), lines
+
+
+def test_a_line_is_there_before_the_slowest_has_answered() -> None:
+    with stubs(echo, hang) as (a, b):
+        command = [sys.executable, str(MODULE), '--check-services', '-s', b.service, '-s', a.service]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith('A ')
+            assert process.poll() is None, 'it waits for B'
+            process.terminate()
+
+
+@pytest.mark.parametrize('target', ['/dev/full', 'closed pipe'])
+def test_an_output_that_takes_nothing_is_one_line_on_stderr(target: str) -> None:
+    with stubs(echo) as (a,):
+        reads, writes = os.pipe()
+        os.close(reads)
+        full = os.open('/dev/full', os.O_WRONLY)
+        done = subprocess.run([sys.executable, str(MODULE), '--check-services', '-s', a.service],
+                              stdout=full if target == '/dev/full' else writes, stderr=-1, text=True)  # fmt: skip
+        os.close(writes)
+        os.close(full)
+    assert done.returncode == 1
+    assert re.fullmatch('hapolicy: stdout: .*; it is where the answers are told\n', done.stderr), done.stderr
 
 
 def test_a_second_answer_that_comes_a_moment_later_is_told() -> None:
@@ -69,7 +97,8 @@ def test_a_second_answer_that_comes_a_moment_later_is_told() -> None:
 
     with stubs(lie) as (a,):
         status, lines = check(a.service)
-    assert status == 1 and 'then sent more' in lines[0], lines
+    assert status == 1 and 'answered' not in lines[0], lines
+    assert 'FAILED    invalid: it sent more after its answer' in lines[0], lines
 
 
 def test_the_request_names_no_sender_and_no_recipient() -> None:

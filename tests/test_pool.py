@@ -125,6 +125,7 @@ def test_a_timeout_above_the_deadline_leaves_time_for_the_next_service_and_count
             answered = in_threads(6, lambda i: {clients[i].ask_own() for _ in range(200)})
             assert set().union(*answered) <= {'A', 'B'}
             proxy.logged('[A] (' + a.service[2:] + ') is down: timeout')
+            assert 'The timeout of A, B is over half of --deadline 2s: ' in proxy.log
 
 
 def test_who_waits_for_a_full_service_is_served_by_another_that_returns() -> None:

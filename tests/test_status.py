@@ -16,9 +16,22 @@ from typing import Any
 
 import pytest
 
-from hapolicy_gevent import Latency, buckets, lasting
+from hapolicy_gevent import STATUS_PAGE, Latency, buckets, lasting
 from tests.status import StatusProxy
-from tests.support import MODULE, ProxyProcess, answer, echo, free_port, hang, request, slow, stubs, wait_until
+from tests.support import (
+    MODULE,
+    Peer,
+    ProxyProcess,
+    answer,
+    echo,
+    free_port,
+    hang,
+    new_instance,
+    request,
+    slow,
+    stubs,
+    wait_until,
+)
 
 REFUSED_SERVICE = 'GONE=127.0.0.1:1'
 
@@ -74,13 +87,13 @@ def test_the_history_counts_each_step() -> None:
 
 def test_the_headline_tells_which_since_when_why_and_what_it_cost() -> None:
     with stubs(echo, echo) as (a, b), StatusProxy('-s', a.service, '-s', b.service) as proxy:
-        assert proxy.data()['headline'] == {'level': 'ok', 'text': 'All 2 services are up.'}
+        assert proxy.data()['headline'] == {'level': 'ok', 'text': 'All 2 services are up (2 not asked yet).'}
         b.stop()
         ask(proxy, 4)
         headline = proxy.data()['headline']
         assert headline['level'] == 'warning'
         assert re.fullmatch(
-            r"B is down since \d\d:\d\d \(for \d+ s\): refused\."
+            r"B is down since \d\d:\d\d \(for \d+ s\): refused\. B failed 1 of 1 queries in the last \d+ s\."
             r" No request got the default action 'dunno' since the start\.",
             headline['text'],
         )
@@ -92,6 +105,35 @@ def test_the_headline_tells_which_since_when_why_and_what_it_cost() -> None:
         down = proxy.data()['services'][1]
         assert (down['state'], down['why'], down['failures']['refused']) == ('down', 'refused', 1)
         assert 0 < down['lasting'] < 60 and down['since'] == pytest.approx(time.time() - down['lasting'], abs=1)
+
+
+def test_one_outage_has_one_beginning_and_its_last_reason() -> None:
+    with stubs(answer(b'action=550\n\n')) as (a,), StatusProxy('-s', a.service) as proxy:
+        ask(proxy, 3)
+        first = proxy.data()['services'][0]
+        proxy.logged('is trial', 10)
+        ask(proxy, 1)
+        proxy.logged('is down: invalid 3 times in a row (down for ', 10)
+        last = proxy.data()['services'][0]
+        assert last['since'] == pytest.approx(first['since'], abs=0.1) and last['lasting'] > 0.8
+        assert (first['why'], last['why']) == ('invalid 2 times in a row', 'invalid 3 times in a row')
+        a.behaviour = echo
+        wait_until(lambda: ask(proxy, 1) and proxy.data()['services'][0]['state'] == 'up', 20, 'up')
+        assert proxy.data()['services'][0]['why'] == 'answered again'
+
+
+def test_a_service_that_fails_now_and_then_is_told_although_it_is_up() -> None:
+    def every_second(peer: Peer, message: bytes) -> None:
+        (hang if len(peer.server.requests) % 2 else echo)(peer, message)
+
+    with stubs(every_second, echo) as (a, b):
+        with StatusProxy('-s', a.service + ':::0.3', '-s', b.service + ':20') as proxy:
+            with proxy.client() as client:
+                for _ in range(4):
+                    client.ask(request(instance=new_instance()))
+            headline = proxy.data()['headline']
+    assert headline['level'] == 'warning'
+    assert headline['text'].startswith('All 2 services are up. A failed 2 of 4 queries in the last ')
 
 
 def test_a_stalled_service_is_told() -> None:
@@ -121,7 +163,12 @@ def test_health_is_good_while_a_service_is_up() -> None:
         health = proxy.get('/health')
         assert (health.status, health.text) == (503, "no service is up: 'dunno' is given to every request\n")
         a.start()
-        wait_until(lambda: ask(proxy, 1) and proxy.get('/health').status == 200, 20, 'health')
+        wait_until(lambda: proxy.get('/health').status == 200, 20, 'health, without a request: it waits on trial')
+        waiting = proxy.data()
+        assert waiting['services'][0]['state'] == 'trial' and waiting['headline']['level'] == 'warning'
+        assert 'A is down since ' in waiting['headline']['text']
+        assert waiting['headline']['text'].count('it can be connected to and waits for a request') == 1
+        assert ask(proxy, 1) and proxy.data()['services'][0]['state'] == 'up'
 
 
 def test_a_proxy_that_drains_answers_and_says_so() -> None:
@@ -198,7 +245,7 @@ def test_without_the_client_library_metrics_say_what_to_install(tmp_path: Path) 
     with stubs(echo) as (a,), StatusProxy('-s', a.service, environment={'PYTHONPATH': str(tmp_path)}) as proxy:
         metrics = proxy.get('/metrics')
         assert metrics.status == 501
-        assert "pip install 'hapolicy-gevent[metrics]'" in metrics.text
+        assert f'{sys.executable} -m pip install prometheus-client\n' in metrics.text
         assert 'apt-get install python3-prometheus-client' in metrics.text
         assert proxy.get('/status.json').status == proxy.get('/health').status == 200
         ask(proxy, 1)
@@ -281,7 +328,7 @@ def test_broken_requests_get_an_end_and_leave_no_trace(sent: bytes) -> None:
                         reply += data
                 except ConnectionResetError:
                     pass
-                assert not reply or reply.startswith(b'HTTP/1.1 ') or b' 414 ' in reply or b' 400 ' in reply, reply
+                assert not reply or re.match(rb'HTTP/1.1 (200 OK|400 Bad Request|404|405|414 [RU])', reply), reply
                 assert b'Traceback' not in reply
         ask(proxy, 1)
         assert proxy.get('/health').status == 200
@@ -384,26 +431,12 @@ def test_hostile_load_on_the_status_does_not_stop_mail() -> None:
 # -- the page
 
 
-def test_names_are_text_in_the_page_and_in_json() -> None:
-    name = '<b>&"\'</noscript><script>alert(1)</script>@LINES@'
+def test_the_page_is_a_constant_that_no_name_can_get_into() -> None:
+    name = '<b>&"\'</noscript><script>alert(1)</script>'
     with stubs(echo) as (a,), StatusProxy('-s', f'{name}=127.0.0.1:{a.port}', '-d', '451 <i>') as proxy:
-        page = proxy.fresh('/')
+        ask(proxy, 1)
+        assert proxy.get('/').text == STATUS_PAGE
         assert proxy.data()['services'][0]['name'] == name
-        with proxy.client() as client:
-            client.ask(b'nonsense\n\n')
-        assert '451 &lt;i&gt;' in proxy.fresh('/') and '<i>' not in proxy.fresh('/')
-    assert '<b>' not in page and 'alert' in page and page.count('<script>') == 1 == page.count('</noscript>')
-    assert '&lt;b&gt;&amp;&quot;&#x27;&lt;/noscript&gt;' in page
-
-
-def test_without_javascript_the_page_has_every_service() -> None:
-    with stubs(echo) as (a,), StatusProxy('-s', a.service, '-s', REFUSED_SERVICE) as proxy:
-        ask(proxy, 4)
-        page = proxy.fresh('/')
-    noscript = page.partition('<noscript>')[2].partition('</noscript>')[0]
-    assert re.search(r'A \(127\.0\.0\.1:\d+\): up since \d\d:\d\d, never down; .* answers 4, failed 0', noscript)
-    assert re.search(r'GONE \(127\.0\.0\.1:1\): down since \d\d:\d\d, refused; ', noscript)
-    assert '<p id="headline" class="warning">GONE is down since' in page
 
 
 def test_the_page_asks_for_nothing_from_elsewhere() -> None:
