@@ -10,7 +10,7 @@ runs under a private Postfix. Run from the project's folder: python -m bench.com
 
 Options:
   --rounds=N      rounds of the load [default: 5]
-  --short         for CI: ours and HAProxy alone, 2 rounds, under 25 s, wide bounds
+  --short         for CI: ours and HAProxy alone, 4 rounds, under 45 s, wide bounds
   --json=FILE     write all figures to a file
   --pictures=DIR  draw them, and what happens when servers fail; takes 4 minutes more, and matplotlib
   -h, --help      show this text
@@ -43,6 +43,8 @@ from docopt import docopt
 from bench.load import Plan, Result, start_load
 from bench.load_worker import request_around_instance
 from bench.peers import (
+    BY_DEBIAN,
+    DEBIAN_PYTHON,
     DIRECT,
     HAPROXY,
     LOGGING,
@@ -67,10 +69,10 @@ STEADY_RATE = 3000
 CROWD_WARM = 2
 #: Times that a program is started for the measure of its first answer.
 STARTS = 15
-#: Debian's python, whose gevent is older.
-SYSTEM_PYTHON = '/usr/bin/python3'
-#: What --short lets pass: CPU and throughput as parts of HAProxy's.
-WIDE_CPU, WIDE_THROUGHPUT = 4.0, 0.25
+#: What --short lets pass: CPU and throughput as parts of HAProxy's, by the best round of each, as other work on
+#: the machine only ever adds to them. Now 2.0 to 2.6 and 0.5 to 0.7: half as much again is too much.
+SHORT_ROUNDS = 4
+WIDE_CPU, WIDE_THROUGHPUT = 3.6, 0.3
 
 
 @dataclass
@@ -227,11 +229,13 @@ def start_commands(stage: Stage) -> dict[str, list[str]]:
     services = [service.service() for service in stage.services]
     installed = ['-c', f'import sys; sys.path.insert(0, {str(ROOT)!r}); import hapolicy_gevent; hapolicy_gevent.run()']
     pythons = {'python': sys.executable}
-    able = subprocess.run([SYSTEM_PYTHON, '-c', 'import gevent, docopt'], capture_output=True).returncode == 0
-    if able and Path(SYSTEM_PYTHON).resolve() != Path(sys.executable).resolve():
-        pythons['Debian python3'] = SYSTEM_PYTHON
+    able = subprocess.run([DEBIAN_PYTHON, '-c', 'import gevent, docopt'], capture_output=True).returncode == 0
+    if able and Path(DEBIAN_PYTHON).resolve() != Path(sys.executable).resolve():
+        pythons['Debian python3'] = DEBIAN_PYTHON
     commands = {}
     for name, python in pythons.items():
+        # as pip does, also where PYTHONDONTWRITEBYTECODE is set; the next start would compile it, and not keep that
+        subprocess.run([python, '-m', 'py_compile', str(MODULE)], check=True)
         commands[f'ours, {name}, installed'] = [python, *installed, *services]
         commands[f'ours, {name}, copied file'] = [python, str(MODULE), *services]
     if Path(PERL).exists():
@@ -263,22 +267,27 @@ class Comparison:
         return [its - bare
                 for its, bare in zip(self.figures[peer].alone, self.figures[DIRECT].alone, strict=True)]  # fmt: skip
 
-    def added_ratio(self) -> list[float]:
+    def added_ratio(self, one: str) -> list[float]:
         """Return the ratio of the medians: HAProxy's single differences are small, and would blow up the noise."""
-        if not {HAPROXY, DIRECT} <= self.figures.keys():
+        if not {HAPROXY, DIRECT, one} <= self.figures.keys():
             return []
-        added = [self.added(name) for name in (OURS, HAPROXY)]
+        added = [self.added(name) for name in (one, HAPROXY)]
         return [median(added[0]) / median(added[1])] if all(added) and median(added[1]) > 0 else []
 
     def bars(self) -> list[Bar]:
         """Return the ratios that are promised, as far as they were measured."""
         mine, starts = self.figures[OURS], self.starts
-        bars = [
-            Bar('CPU, to HAProxy tcp', 2.0, 1.5, self.ratios(lambda one: one.cpu, HAPROXY)),
-            Bar('CPU, to the Perl original', 1 / 15, 1 / 25, self.ratios(lambda one: one.cpu, PERL_NAME)),
+        bars = []
+        for name in (OURS, BY_DEBIAN):
+            added, throughput = self.added_ratio(name), self.ratios(lambda one: one.throughput, HAPROXY, name)
+            bars += [
+                Bar(f'CPU, {name}, to HAProxy tcp', 2.0, 1.5, self.ratios(lambda one: one.cpu, HAPROXY, name)),
+                Bar(f'CPU, {name}, to Perl', 1 / 15, 1 / 25, self.ratios(lambda one: one.cpu, PERL_NAME, name)),
+                Bar(f'throughput, {name}, to HAProxy tcp', 0.5, 0.7, throughput, False),
+                Bar(f'added latency, {name}, to HAProxy tcp', 1.5, 1.0, added),
+            ]
+        bars += [
             Bar('CPU, with -l to without', 1.5, 1.2, self.ratios(lambda one: one.cpu, OURS, LOGGING)),
-            Bar('throughput, to HAProxy tcp', 0.5, 0.7, self.ratios(lambda one: one.throughput, HAPROXY), False),
-            Bar('added latency, to HAProxy tcp', 1.5, 1.0, self.added_ratio()),
             Bar('cost at 3,000 clients, to 32', 2.0, 1.3, [
                 many / few for many, few in zip(mine.many, mine.few, strict=True)]),
             Bar('memory per client, kB', 12, 6, [one / 1000 for one in mine.memory]),
@@ -425,8 +434,8 @@ def within_wide_bounds(comparison: Comparison) -> bool:
     if HAPROXY not in comparison.figures:
         print('without HAProxy there is nothing to compare with')
         return True
-    cpu = median(comparison.ratios(lambda one: one.cpu, HAPROXY))
-    throughput = median(comparison.ratios(lambda one: one.throughput, HAPROXY))
+    mine, its = comparison.figures[OURS], comparison.figures[HAPROXY]
+    cpu, throughput = min(mine.cpu) / min(its.cpu), max(mine.throughput) / max(its.throughput)
     fine = cpu <= WIDE_CPU and throughput >= WIDE_THROUGHPUT
     print(f'{"ok" if fine else "FAILED"}: CPU {cpu:.2f} times HAProxy\'s (at most {WIDE_CPU}),'
           f' throughput {throughput:.2f} (at least {WIDE_THROUGHPUT})')  # fmt: skip
@@ -442,7 +451,7 @@ def allow_many_files() -> None:
 def run(rounds: int, short: bool, json_file: str | None, pictures: str | None) -> int:
     """Compare, report, draw; return the exit status."""
     peers = [peer for peer in PEERS if peer.name in (OURS, HAPROXY)] if short else PEERS
-    comparison = compare(peers, 2 if short else rounds, short)
+    comparison = compare(peers, SHORT_ROUNDS if short else rounds, short)
     print(report(comparison))
     if json_file:
         Path(json_file).write_text(json.dumps(asdict(comparison), indent=1))

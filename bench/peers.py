@@ -20,6 +20,9 @@ from bench.processes import MODULE, PolicyService, Process, Processes, free_port
 PERL = '/usr/sbin/hapolicy'
 POSTFIX = '/usr/sbin/postfix'
 MASTER = '/usr/lib/postfix/sbin/master'
+#: Built with all optimizations, which a Python that was compiled by hand may lack; its gevent is older.
+DEBIAN_PYTHON = '/usr/bin/python3'
+DEBIAN_GEVENT, DEBIAN_DOCOPT = (f'/usr/lib/python3/dist-packages/{name}' for name in ('gevent', 'docopt.py'))
 NGINX_STREAM = '/usr/lib/nginx/modules/ngx_stream_module.so'
 #: Seconds of a clock tick of /proc.
 TICK = 1 / os.sysconf('SC_CLK_TCK')
@@ -169,19 +172,22 @@ def direct(stage: Stage) -> Running:
     return Running(stage.services[0].port)
 
 
-def ours(stage: Stage, *options: str, fields: str = '') -> Running:
+def ours(stage: Stage, *options: str, fields: str = '', python: str = sys.executable) -> Running:
     """Start this project's proxy; `fields` is prio:weight:timeout:max of each service."""
     port = free_port()
-    process = stage.processes.proxy(port, *options, *(service.service(fields) for service in stage.services))
-    return Running(port, process.popen.pid)
+    command = [python, str(MODULE), f'--listen=127.0.0.1:{port}', '--stdout', *options]
+    command += [service.service(fields) for service in stage.services]
+    return stage.serve(port, 'sh', '-c', f'exec {shlex.join(command)} >/dev/null')
+
+
+def ours_by_debian(stage: Stage) -> Running:
+    """Start it as a copied file on a Debian host that has python3-gevent and python3-docopt."""
+    return ours(stage, python=DEBIAN_PYTHON)
 
 
 def ours_logging(stage: Stage) -> Running:
     """Start it with a line logged for each request, to nowhere."""
-    port = free_port()
-    command = [sys.executable, str(MODULE), f'--listen=127.0.0.1:{port}', '-l', '-L']
-    command += [service.service() for service in stage.services]
-    return stage.serve(port, 'sh', '-c', f'exec {shlex.join(command)} >/dev/null')
+    return ours(stage, '-l')
 
 
 def haproxy(stage: Stage, more: str = '', server: str = '') -> Running:
@@ -254,10 +260,12 @@ class Peer:
 
 OURS, HAPROXY, PERL_NAME = 'ours', 'HAProxy tcp', 'Perl hapolicy'
 LOGGING, RECIPE, DIRECT = 'ours -l', 'HAProxy recipe', 'no proxy'
+BY_DEBIAN = "ours, Debian's python3"
 
 PEERS = (
     Peer(DIRECT, direct, crowd=0, many=0),
     Peer(OURS, ours),
+    Peer(BY_DEBIAN, ours_by_debian, [DEBIAN_PYTHON, DEBIAN_GEVENT, DEBIAN_DOCOPT], crowd=0, many=0),
     Peer(LOGGING, ours_logging, crowd=0, many=0),
     Peer(HAPROXY, haproxy, ['haproxy']),
     # Postfix's request_limit=1 is part of the recipe: a connection for each request, so none is ever idle
