@@ -673,12 +673,13 @@ def one_cycle(services: Sequence[Service]) -> Iterator[Service]:
     All gain their weight at each turn; the richest has the turn and pays what all gained.
     """
     weights = [service.weight for service in services]
+    total = sum(weights)
     credit = dict.fromkeys(services, 0)
-    for _ in range(sum(weights) // max(1, math.gcd(*weights))):
+    for _ in range(total // max(1, math.gcd(*weights))):
         for service in services:
             credit[service] += service.weight
         richest = max(services, key=credit.__getitem__)
-        credit[richest] -= sum(weights)
+        credit[richest] -= total
         yield richest
 
 
@@ -692,7 +693,7 @@ class Balancer:
     def __init__(self, services: Iterable[Service]) -> None:
         self.services = sorted(services, key=lambda service: service.prio)
         self._turns: dict[int, tuple[Iterator[Service], int]] = {}  # by prio: for ever, and how many are a cycle
-        for service in self.services:
+        for service in {service.prio: service for service in self.services}.values():
             self.changed(service)
         # two generations: forgetting the oldest half at once costs nothing per request
         self._young: dict[bytes, Service] = {}
