@@ -17,7 +17,7 @@ Service options:
                            address: IPv4, [IPv6] or a host name; or unix:/path
                              in place of <address>:<port>
                            prio: 1 or more, lower wins (10)
-                           weight: 1 to 1000, share among equal prios (1)
+                           weight: 1 to 256, share among equal prios (1)
                            timeout: seconds for a whole query (30)
                            max: requests in flight at most (100)
                            an empty field takes its default
@@ -39,7 +39,7 @@ Server options:
   --max-clients=N         clients served at once, more wait in the backlog
                           (what the descriptor limit carries)
   --fall=N                late, invalid or dropped answers in a row that take a
-                          service down [default: 2]
+                          service down, those of a message once [default: 2]
   --stall=SECONDS         a service silent for so long while it has requests
                           gets no new ones if another is up [default: 5]
   --grace=SECONDS         time to finish after SIGTERM or SIGINT [default: 30]
@@ -107,8 +107,8 @@ MAX_MESSAGE = 65536
 RECEIVE = 8192
 
 DEFAULT_PRIO, DEFAULT_WEIGHT = 10, 1
-#: Turns of a service in a cycle, which is kept as a list; HAProxy allows 256.
-MAX_WEIGHT = 1000
+#: Turns of a service in a cycle, which is laid out in memory: HAProxy's.
+MAX_WEIGHT = 256
 #: Seconds; the ancestor's, above the 20 s that SPF servers allow themselves.
 DEFAULT_TIMEOUT = 30.0
 #: Requests in flight per service: Postfix's default_process_limit.
@@ -161,6 +161,7 @@ MAX_LOG_LINE = 8000
 
 POLICY_REQUEST = b'smtpd_access_policy'
 CR = ord('\r')  # `CR in data` is four times as fast as `b'\r' in data`, which tries a number first
+SWITCH_TO = greenlet.switch
 READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
 
 # ---------------------------------------------------------------------------
@@ -207,11 +208,14 @@ class StaleConnection(HapolicyError):
 
 
 class ServiceFailure(HapolicyError):
-    """The service's: a query got no usable answer; `reason` is one of FAILURES."""
+    """The service's: a query got no usable answer; `reason` is one of FAILURES.
 
-    def __init__(self, reason: str, text: str) -> None:
+    One that never was `connected` is no fault of the message.
+    """
+
+    def __init__(self, reason: str, text: str, connected: bool = True) -> None:
         super().__init__(text)
-        self.reason = reason
+        self.reason, self.connected = reason, connected
 
 
 # ---------------------------------------------------------------------------
@@ -452,6 +456,14 @@ class Service:
     for its room nor for its health.
     """
 
+    # with more than 30 attributes an instance without slots has a dict that Python 3.11 looks up at full length
+    __slots__ = (
+        'address', 'answers', 'backoff', 'cap', 'clogged', 'failed_instance', 'fails', 'failures', 'generation',
+        'in_flight', 'latency', 'learned', 'limit', 'max', 'name', 'prio', 'probe_at', 'proven', 'queries',
+        'quiet_since', 'raise_at', 'raise_wait', 'room', 'since', 'stalled_seen', 'starved_at', 'state', 'timeout',
+        'verdicts', 'waiting', 'weight', 'where', 'why',
+    )  # fmt: skip
+
     fall = 2  #: failures in a row that take a service down (--fall)
     stall = 5.0  #: seconds without an answer that stop new requests (--stall)
 
@@ -493,8 +505,8 @@ class Service:
         return self.state is UP or (self.state is TRIAL and not self.in_flight)
 
     def answered_since(self, slot: Slot) -> bool:
-        """Tell whether it has answered others since a slot was taken that is still held."""
-        return self.quiet_since > slot[2]
+        """Tell whether it has answered others since a slot was taken; of a slot from before it went down: no."""
+        return slot[1] == self.generation and self.quiet_since > slot[2]
 
     def stalled(self, now: float) -> bool:
         """Tell whether requests are in flight and not one was answered for `stall` seconds."""
@@ -504,8 +516,8 @@ class Service:
         """Work out how many requests it may get.
 
         Beyond `cap` the next service is asked. Beyond `limit`, twice of what is proven and no more
-        than was learned, a request waits for this one a moment; not if it is clogged. `room` is the
-        one of both that holds.
+        than was learned, a request waits for this one a moment; not if it is clogged: `room` is the
+        limit then, else the cap.
         """
         self.cap = {UP: self.max, TRIAL: 1, DOWN: 0}[self.state]
         self.limit = min(self.cap, self.learned, max(1, 2 * self.proven))
@@ -687,12 +699,12 @@ class Balancer:
     """Chooses a service for each request: affinity by instance, then prio, then weight.
 
     The cycle of each prio is laid out when one of its services comes or goes: shares are exact over
-    a cycle, nobody has a burst at its return, and a choice costs the same among two or twenty.
+    a cycle, nobody has a burst at its return, and a choice among twenty that have room costs what one among two does.
     """
 
     def __init__(self, services: Iterable[Service]) -> None:
         self.services = sorted(services, key=lambda service: service.prio)
-        self._turns: dict[int, tuple[Iterator[Service], int]] = {}  # by prio: for ever, and how many are a cycle
+        self._turns: dict[int, tuple[Iterator[Service], int]] = {}  # by prio: the cycle without end, its length
         for service in {service.prio: service for service in self.services}.values():
             self.changed(service)
         # two generations: forgetting the oldest half at once costs nothing per request
@@ -790,10 +802,6 @@ class Sample(NamedTuple):
         counts = list(map(operator.sub, self.counts, base.counts))
         return Sample(self.when - base.when, self.answers - base.answers, self.failed - base.failed, counts)
 
-    def quantile(self, part: float) -> float | None:
-        """Return the bound in seconds that so large a part of the answers keeps to; None of no answers."""
-        return Latency.quantile(self.counts, part)
-
 
 class Summary:
     """What happened since the last one, in a line for the log."""
@@ -814,7 +822,7 @@ class Summary:
         samples = list(map(Sample.after, self._last[1], old))
         if not requests:
             return ''
-        slowest = [f'{service.name} {milliseconds(sample.quantile(0.99))}'
+        slowest = [f'{service.name} {milliseconds(Latency.quantile(sample.counts, 0.99))}'
                    for service, sample in zip(self._services, samples, strict=True)]  # fmt: skip
         return (f'summary of {samples[0].when:.0f}s, requests: {requests}, answers: {answers}, defaults: {defaults}, '
                 f'failures: {sum(sample.failed for sample in samples)}, p99: {", ".join(slowest)}')  # fmt: skip
@@ -1032,11 +1040,12 @@ class Wire:
             self._watched = True
         self._waiter = getcurrent()
         try:
-            greenlet.switch(self._hub)
+            SWITCH_TO(self._hub)
         finally:
             self._waiter = None
+        recv = self._recv  # called as self._recv() it is looked for as a method first, at full length
         try:
-            data: bytes = self._recv(RECEIVE)  # as receive_now(), without the call
+            data: bytes = recv(RECEIVE)  # as receive_now(), without the call
             return data
         except BlockingIOError:
             return None
@@ -1051,9 +1060,10 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         """Send all of `data`; the caller bounds the time. Raises OSError."""
+        send = self._send
         while True:
             try:
-                data = data[self._send(data) :]
+                data = data[send(data) :]
             except BlockingIOError:
                 pass
             if not data:
@@ -1109,7 +1119,7 @@ def connect_failure(error: OSError) -> ServiceFailure:
     if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
         return ServiceFailure(REFUSED, str(error.strerror).lower())
     if isinstance(error, TimeoutError):
-        return ServiceFailure(LATE, f'no connection within {CONNECT_TIMEOUT:g}s')
+        return ServiceFailure(LATE, f'no connection within {CONNECT_TIMEOUT:g}s', connected=False)
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
         return ServiceFailure(DESCRIPTORS, error.strerror or str(error))
     return ServiceFailure(UNREACHABLE, error.strerror or str(error))
@@ -1179,13 +1189,13 @@ class QueryTimeout(gevent.Timeout):
     the rest; ev_timer_again() starts from the whole.
     """
 
+    __slots__ = ('again', 'stop')
+
     def __init__(self, seconds: float) -> None:
         super().__init__(None)
         self.seconds = seconds
         self.timer: Any = gevent.get_hub().loop.timer(seconds, repeat=seconds)
-
-    def start(self) -> None:
-        self.timer.again(getcurrent().throw, self)
+        self.again, self.stop = self.timer.again, self.timer.stop
 
 
 class Pool:
@@ -1231,7 +1241,8 @@ class Pool:
                 connection = preferred
             else:
                 connection = self.idle.pop()
-            if not connection.poll(0):
+            poll = connection.poll
+            if not poll(0):
                 return connection
             self.spoiled(connection)
         return None
@@ -1246,7 +1257,8 @@ class Pool:
         whole = seconds == self.service.timeout
         timer = self._timers.pop() if whole and self._timers else QueryTimeout(seconds)
         connection: Connection | None = None
-        timer.start()
+        again, stop = timer.again, timer.stop
+        again(getcurrent().throw, timer, update=True)
         try:
             connection = self._take(preferred) or self.open()
             try:
@@ -1264,7 +1276,7 @@ class Pool:
                 raise self._late(connection, slot, seconds, fair) from None
             raise
         finally:
-            timer.timer.stop()  # cancel(), without the call
+            stop()
             if whole:
                 self._timers.append(timer)
             else:
@@ -1284,7 +1296,7 @@ class Pool:
             if advice:
                 self._tell(WARNING, advice)
             return ServiceFailure(STARVED, f'no worker took the connection within {seconds:.3g}s')
-        return ServiceFailure(LATE, f'no answer within {seconds:.3g}s')
+        return ServiceFailure(LATE, f'no answer within {seconds:.3g}s', connected=connection is not None)
 
     def release(self, connection: Connection, slot: Slot, reuse: bool, now: float) -> None:
         """Take back a connection whose query was answered, and hand its slot on. Not to be reused: close it."""
@@ -1337,6 +1349,11 @@ class Pool:
         """Start anew: the service went down, and may come back mended."""
         self.purge()
         self._lying = self._settled = False
+
+    def close(self) -> None:
+        """Close all."""
+        for connection in list(self._open):
+            self.discard(connection)
 
     def purge(self) -> None:
         """Close all that are idle."""
@@ -1430,7 +1447,7 @@ class Client(Wire):
     def __init__(self, sock: socket.socket) -> None:
         self._buffer = RequestBuffer()
         self._greenlet = getcurrent()
-        self.ended = False  # it will send nothing more; it may still read
+        self.ended = False  # it will send nothing more, or we have sent our end
         self.closing = False  # its next answer is its last
         self._leaving = False  # it is closed now, if it has begun nothing
         self.asked = time.monotonic()  # when its last request came
@@ -1494,7 +1511,8 @@ class Client(Wire):
         try:
             if last and self.socket.family != socket.AF_UNIX:
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-            self.unsent = data[self._send(data) :]
+            send = self._send
+            self.unsent = data[send(data) :]
             if last and not self.unsent:
                 self._end()
         except OSError:
@@ -1603,8 +1621,8 @@ class Proxy:
         """Pass on the answer of one service; return its action. Raises ServiceFailure, ClientFault."""
         service, _, began = slot
         pool = self.pools[service]
-        preferred = client.connection if instance == client.instance else None
-        seconds, fair, remaining = service.timeout, True, deadline - began
+        preferred = client.connection if instance and instance == client.instance else None
+        seconds, fair, remaining = service.timeout, True, max(0.001, deadline - began)
         if seconds >= remaining:
             # one that hangs must leave time for another; who is asked with most of the deadline left may be judged
             seconds = remaining / 2 if self.balancer.others(tried) else remaining
@@ -1621,15 +1639,15 @@ class Proxy:
             internal = ServiceFailure(INTERNAL, repr(error))
             self._failed(slot, internal, instance)
             raise internal from error
-        now = time.monotonic()
+        now, gone = time.monotonic(), client.ended
         client.answer(action)  # first: what follows would be a tenth of the latency that we add
         client.instance, client.connection = instance, connection
         service.verdicts[verdict(action)] += 1
         note = service.answered(slot, now)
         if note:
             self._note(service, note)
-        # a client that has hung up may never read this: nothing more on that connection
-        pool.release(connection, slot, not client.ended, now)
+        # a client that had hung up may never read this: nothing more on that connection
+        pool.release(connection, slot, not gone, now)
         if self._log.verbose:
             self._log(INFO, f"Answer from '{service.name}' -> '{printable(action)}'")
         return action
@@ -1638,7 +1656,8 @@ class Proxy:
         service = slot[0]
         self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
                   f' instance: {printable(instance)}')  # fmt: skip
-        self._note(service, service.fail(failure.reason, instance, slot, time.monotonic()))
+        message = instance if failure.connected else b''
+        self._note(service, service.fail(failure.reason, message, slot, time.monotonic()))
         self.queue.hand_over(service)
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,
@@ -1738,7 +1757,8 @@ class Proxy:
             for service, pool in self.pools.items():
                 pool.prune(now)
                 service.relearn(now)
-                if self.queue.waited() > 1 and service.in_flight >= service.limit and not service.stalled(now):
+                if (service.state is UP and service.in_flight >= service.limit and self.queue.waited() > 1
+                        and not service.stalled(now)):  # fmt: skip
                     service.widen()
                 self.queue.hand_over(service)
                 self._watch_stall(service, now)
@@ -1748,7 +1768,7 @@ class Proxy:
                 self._log(WARNING, f"Default action '{printable(self._default)}' given {given} times: {NO_SERVICE}")
 
     def summarize(self, seconds: float) -> None:
-        """Log a summary so often, for ever; 'inf' of a latency is over the last bound, 100 s."""
+        """Log a summary so often, for ever."""
         summary = Summary(self.statistics, list(self.pools))
         while True:
             gevent.sleep(seconds)
@@ -1769,29 +1789,6 @@ class Proxy:
 # ---------------------------------------------------------------------------
 # Status endpoint. What only it needs is imported when it starts: under spawn(8) nobody pays for it.
 # ---------------------------------------------------------------------------
-
-
-class History:
-    """The last ten minutes of one service, sampled: requests pay nothing for it."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._samples = deque([Sample.of(service)], maxlen=SAMPLES)
-
-    def take(self) -> None:
-        """Keep a sample, and forget the oldest of ten minutes."""
-        self._samples.append(Sample.of(self._service))
-
-    def lately(self, seconds: float) -> Sample:
-        """Return what was counted in the last so many seconds, up to one sample more; all, while there is less."""
-        now = Sample.of(self._service)
-        old = (sample for sample in reversed(self._samples) if now.when - sample.when >= seconds)
-        return now.after(next(old, self._samples[0]))
-
-    def steps(self) -> dict[str, list[int]]:
-        """Return how many answers and failures each interval between two samples had, the oldest first."""
-        steps = [after.after(before) for before, after in itertools.pairwise(self._samples)]
-        return {'answers': [step.answers for step in steps], 'failed': [step.failed for step in steps]}
 
 
 def lasting(seconds: float) -> str:
@@ -1831,8 +1828,9 @@ class Status:
         self._proxy, self._default, self._log = proxy, printable(default), log
         self._services = proxy.balancer.services
         self._started = time.monotonic()
-        self._histories = {service: History(service) for service in self._services}
-        self._given = deque([(self._started, 0)], maxlen=SAMPLES)  # default actions, as the histories
+        # the last ten minutes, sampled: requests pay nothing for it
+        self._samples = {service: deque([Sample.of(service)], maxlen=SAMPLES) for service in self._services}
+        self._given = deque([(self._started, 0)], maxlen=SAMPLES)  # default actions
         self._fresh: dict[str, tuple[float, bytes]] = {}
         self._registry = metrics_registry(self)
         hashes = {
@@ -1855,8 +1853,8 @@ class Status:
     def _sample(self) -> None:
         while True:
             gevent.sleep(SAMPLE_SECONDS)
-            for history in self._histories.values():
-                history.take()
+            for service, samples in self._samples.items():
+                samples.append(Sample.of(service))
             self._given.append((time.monotonic(), sum(self._proxy.statistics.defaults.values())))
 
     # -- HTTP
@@ -1921,7 +1919,7 @@ class Status:
         version: 1; program: of hapolicy; pid
         time, started: unix seconds; uptime: seconds; utc_offset: seconds, of the server's local time
         draining: whether no new client is accepted
-        headline: level (ok, warning: something to look at, bad: no service is up) and text, a sentence or two
+        headline: level (ok, warning: something to look at, bad: no service is able to answer) and text, some sentences
         default: the default action
         requests, answers, redispatches, retries, clients: counted since the start
         clients_connected: now
@@ -1944,7 +1942,7 @@ class Status:
         """
         now, wall = time.monotonic(), time.time()
         statistics = self._proxy.statistics
-        minute = {service: history.lately(SHARE_SECONDS) for service, history in self._histories.items()}
+        minute = {service: self._lately(service, SHARE_SECONDS) for service in self._services}
         answers = sum(sample.answers for sample in minute.values())
         level, text = self.headline(minute, now, wall)
         return {
@@ -1959,10 +1957,17 @@ class Status:
             'services': [self._service(service, minute[service], answers, now, wall) for service in self._services],
         }  # fmt: skip
 
+    def _lately(self, service: Service, seconds: float) -> Sample:
+        """Return what was counted in the last so many seconds, up to one sample more; all, while there is less."""
+        now, samples = Sample.of(service), self._samples[service]
+        old = (sample for sample in reversed(samples) if now.when - sample.when >= seconds)
+        return now.after(next(old, samples[0]))
+
     def _service(self, service: Service, minute: Sample, answers: int, now: float, wall: float) -> dict[str, Any]:
-        recent = self._histories[service].lately(RATE_SECONDS)
+        recent = self._lately(service, RATE_SECONDS)
+        steps = [after.after(before) for before, after in itertools.pairwise(self._samples[service])]
         parts = {'p50': 0.5, 'p95': 0.95, 'p99': 0.99}
-        slow = {name: minute.quantile(part) for name, part in parts.items()}
+        slow = {name: Latency.quantile(minute.counts, part) for name, part in parts.items()}
         return {
             'name': service.name, 'address': service.where, 'prio': service.prio, 'weight': service.weight,
             'timeout': service.timeout, 'max': service.max,
@@ -1978,7 +1983,7 @@ class Status:
             'requests_per_second': round((recent.answers + recent.failed) / max(1.0, recent.when), 2),
             'share': round(minute.answers / answers, 4) if answers else None,
             **{name: None if bound is None else min(bound, Latency.BOUNDS[-1]) for name, bound in slow.items()},
-            'history': self._histories[service].steps(),
+            'history': {'answers': [step.answers for step in steps], 'failed': [step.failed for step in steps]},
         }  # fmt: skip
 
     def headline(self, minute: dict[Service, Sample], now: float, wall: float) -> tuple[str, str]:
@@ -2024,60 +2029,56 @@ class Status:
 
     def collect(self) -> Iterable[Any]:
         """Yield the metric families, as prometheus_client asks a collector to."""
-        yield from self._of_proxy()
-        yield from self._of_services()
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-    def _of_proxy(self) -> Iterable[Any]:
-        from prometheus_client.core import CounterMetricFamily as Counter
-        from prometheus_client.core import GaugeMetricFamily as Gauge
+        for kind, rows in ((CounterMetricFamily, self._counters()), (GaugeMetricFamily, self._gauges())):
+            for name, text, labels, values in rows:
+                family = kind(f'hapolicy_{name}', text, labels=labels)
+                for labelled, value in values:
+                    family.add_metric(labelled, value)
+                yield family
+        seconds = HistogramMetricFamily('hapolicy_query_seconds', 'time to each answer', labels=['service'])
+        for service in self._services:
+            seconds.add_metric([service.name], buckets(service.latency), service.latency.sum)
+        yield seconds
 
+    def _counters(self) -> Iterable[Metric]:
         statistics = self._proxy.statistics
         for name, text in COUNTERS:
             if name != 'answers':  # told by service
-                yield Counter(f'hapolicy_{name}', text, value=getattr(statistics, name))
+                yield name, text, [], [([], getattr(statistics, name))]
+        yield 'log_lines_lost', 'log lines that could not be written', [], [([], self._log.lost)]
         for name, text, counts in (
             ('defaults', 'default actions given', statistics.defaults),
             ('refused', 'client connections closed for what the client did', statistics.refused),
         ):
-            family = Counter(f'hapolicy_{name}', text, labels=['reason'])
-            for reason, count in counts.items():
-                family.add_metric([reason], count)
-            yield family
-        yield Counter('hapolicy_log_lines_lost', 'log lines that could not be written', value=self._log.lost)
-        yield Gauge('hapolicy_clients', 'clients connected', value=len(self._proxy.clients))
-        build = Gauge('hapolicy_build_info', 'always 1; the version is its label', labels=['version'])
-        build.add_metric([__version__], 1)
-        yield build
-        started = time.time() - (time.monotonic() - self._started)
-        yield Gauge('hapolicy_start_time_seconds', 'unix time of the start', value=round(started, 1))
+            yield name, text, ['reason'], [([reason], count) for reason, count in counts.items()]
+        yield 'answers', 'answers by what they do to the mail', ['service', 'verdict'], [
+            ([service.name, kind], count) for service in self._services
+            for kind, count in service.verdicts.items()]  # fmt: skip
+        yield 'failures', 'queries without a usable answer', ['service', 'reason'], [
+            ([service.name, reason], count) for service in self._services
+            for reason, count in service.failures.items()]  # fmt: skip
 
-    def _of_services(self) -> Iterable[Any]:
-        from prometheus_client.core import CounterMetricFamily as Counter
-        from prometheus_client.core import GaugeMetricFamily as Gauge
-        from prometheus_client.core import HistogramMetricFamily as Histogram
-
-        answers = Counter('hapolicy_answers', 'answers by what they do to the mail', labels=['service', 'verdict'])
-        failures = Counter('hapolicy_failures', 'queries without a usable answer', labels=['service', 'reason'])
-        seconds = Histogram('hapolicy_query_seconds', 'time to each answer', labels=['service'])
-        for service in self._services:
-            for kind, count in service.verdicts.items():
-                answers.add_metric([service.name, kind], count)
-            for reason, count in service.failures.items():
-                failures.add_metric([service.name, reason], count)
-            seconds.add_metric([service.name], buckets(service.latency), service.latency.sum)
-        yield from (answers, failures, seconds)
+    def _gauges(self) -> Iterable[Metric]:
         now = time.monotonic()
-        for name, text, value in (
-            ('up', '1 if it is up, or on trial and waiting for a request; else 0', lambda service: service.able),
+        started = round(time.time() - (now - self._started), 1)
+        yield 'clients', 'clients connected', [], [([], len(self._proxy.clients))]
+        yield 'build_info', 'always 1; the version is its label', ['version'], [([__version__], 1)]
+        yield 'start_time_seconds', 'unix time of the start', [], [([], started)]
+        values: tuple[tuple[str, str, Callable[[Service], float]], ...] = (
+            ('up', '1 if it is up, or on trial and waiting for a request; else 0', lambda s: s.able),
             ('stalled', '1 if requests are in flight and none was answered for --stall', lambda s: s.stalled(now)),
-            ('in_flight', 'requests in flight', lambda service: service.in_flight),
+            ('in_flight', 'requests in flight', lambda s: s.in_flight),
             ('max', 'requests in flight at most, as set or as learned', lambda s: min(s.max, s.learned)),
-            ('idle_connections', 'idle connections', lambda service: len(self._proxy.pools[service].idle)),
-        ):  # fmt: skip
-            family = Gauge(f'hapolicy_service_{name}', text, labels=['service'])
-            for service in self._services:
-                family.add_metric([service.name], value(service))
-            yield family
+            ('idle_connections', 'idle connections', lambda s: len(self._proxy.pools[s].idle)),
+        )
+        for name, text, value in values:
+            yield f'service_{name}', text, ['service'], [([s.name], value(s)) for s in self._services]
+
+
+#: Name, help, names of the labels, and values by those of the labels.
+Metric: TypeAlias = 'tuple[str, str, list[str], list[tuple[list[str], float]]]'
 
 
 #: The body of /metrics where the client library is missing.
@@ -2085,7 +2086,7 @@ NO_PROMETHEUS = f"""\
 The Prometheus client library is not installed. Either of these does it, then restart hapolicy:
   {sys.executable} -m pip install prometheus-client
   apt-get install python3-prometheus-client
-""".encode()
+""".encode('utf-8', 'backslashreplace')
 
 
 def metrics_registry(collector: Any) -> Any:
@@ -2336,12 +2337,17 @@ def check_service(service: Service) -> tuple[bool, list[str]]:
             connection = pool.open()
             connected = time.monotonic()
             action = connection.exchange(HARMLESS_REQUEST)
+        answered = time.monotonic()
+        gevent.sleep(SETTLE)
+        surplus = b''
+        with contextlib.suppress(OSError):  # hung up by a reset: that is normal
+            surplus = connection.receive_now() or b''
+        if surplus:
+            raise ServiceFailure(INVALID, 'it sent more after its answer: requests could get those of others')
     except ServiceFailure as failure:
         return False, [*row, 'FAILED', f'{failure.reason}: {failure}']
-    answered = time.monotonic()
-    gevent.sleep(SETTLE)
-    if not connection.spent and connection.poll(0) and connection.receive_now():
-        return False, [*row, 'FAILED', 'invalid: it sent more after its answer: requests could get those of others']
+    finally:
+        pool.close()
     times = f'connect {(connected - began) * 1000:6.1f} ms, answer {(answered - connected) * 1000:7.1f} ms'
     return True, [*row, 'answered', times, f"{verdict(action)}: '{printable(action)}'"]
 
@@ -2473,7 +2479,7 @@ def serve_stdin(proxy: Proxy, stop: Stop, grace: float) -> bool:
     give_up = time.monotonic() + grace
     drained = proxy.drain(grace)
     served.join(max(0.0, give_up - time.monotonic()))
-    return drained and served.ready() and served.value is not False
+    return drained and served.successful() and served.value is not False  # handle() returns nothing
 
 
 def pump_in(far: socket.socket) -> None:
@@ -2484,8 +2490,9 @@ def pump_in(far: socket.socket) -> None:
         while data := read(os.read, (0, RECEIVE)):
             far.sendall(data)
         far.shutdown(socket.SHUT_WR)
-    except OSError:
-        far.close()
+    except OSError:  # the client's side has ended first; what it has answered is still to be passed on
+        with contextlib.suppress(OSError):
+            far.shutdown(socket.SHUT_WR)
 
 
 def pump_out(far: socket.socket) -> bool:

@@ -59,7 +59,7 @@ LOGGING
 
 Lines go to syslog, facility mail, ident hapolicy; no file is written, so there is nothing to rotate. With --logging
 each request is a line. A service that goes down, on trial, up or stalls, a failed query, a default action and a
-refused input are logged at level warning in any case:
+request that is too long are logged at level warning in any case:
 
     journalctl -t hapolicy -p warning
 

@@ -14,6 +14,7 @@ import pytest
 from hapolicy_gevent import Latency, Statistics, Summary, parse_service, verdict
 from tests.support import (
     MODULE,
+    HangUp,
     Peer,
     ProxyProcess,
     answer,
@@ -23,6 +24,7 @@ from tests.support import (
     hang,
     hang_up,
     request,
+    reset,
     slow,
     stubs,
     wait_until,
@@ -34,6 +36,7 @@ def check(*services: str) -> tuple[int, list[str]]:
     command = [sys.executable, str(MODULE), '--check-services', *arguments]
     done = subprocess.run(command, capture_output=True, timeout=60, text=True)
     assert done.stderr == ''
+    assert done.stdout.count('\n') == len(services), done.stdout
     lines = {line.partition(' ')[0]: line for line in done.stdout.splitlines()}  # they come as they are answered
     return done.returncode, [lines[service.partition('=')[0]] for service in services]
 
@@ -82,11 +85,25 @@ def test_an_output_that_takes_nothing_is_one_line_on_stderr(target: str) -> None
         os.close(reads)
         full = os.open('/dev/full', os.O_WRONLY)
         done = subprocess.run([sys.executable, str(MODULE), '--check-services', '-s', a.service],
-                              stdout=full if target == '/dev/full' else writes, stderr=-1, text=True)  # fmt: skip
+                              stdout=full if target == '/dev/full' else writes, stderr=-1, text=True,
+                              timeout=60)  # fmt: skip
         os.close(writes)
         os.close(full)
     assert done.returncode == 1
     assert re.fullmatch('hapolicy: stdout: .*; it is where the answers are told\n', done.stderr), done.stderr
+
+
+def test_a_server_that_hangs_up_by_a_reset_has_answered() -> None:
+    def answer_and_reset(peer: Peer, message: bytes) -> None:
+        peer.send(b'action=DUNNO\n\n')
+        time.sleep(0.01)
+        reset(peer.sock)
+        raise HangUp
+
+    with stubs(answer_and_reset, echo) as (a, b):
+        status, lines = check(a.service, b.service)
+        assert status == 0 and 'answered' in lines[0] and 'answered' in lines[1], lines
+        wait_until(lambda: not b.open, 10, 'its connection is closed')
 
 
 def test_a_second_answer_that_comes_a_moment_later_is_told() -> None:

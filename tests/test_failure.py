@@ -33,6 +33,7 @@ from tests.support import (
     in_threads,
     new_instance,
     request,
+    slow,
     stubs,
     wait_until,
 )
@@ -245,7 +246,7 @@ def test_one_poisonous_request_gets_the_default_and_takes_no_server_down() -> No
 
 
 def test_i6_a_few_slow_requests_cost_no_other_its_answer() -> None:
-    takes = {'warm': 0.1, 'slow': 3.0}
+    takes = {'warm': 0.05, 'slow': 8.0}
 
     def behave(peer: Peer, message: bytes) -> None:
         time.sleep(takes.get(attributes(message)['sender'], 0))
@@ -255,14 +256,14 @@ def test_i6_a_few_slow_requests_cost_no_other_its_answer() -> None:
         with proxy.client() as client:
             return client.ask(request(instance=new_instance(), sender=sender))
 
-    with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::1') as proxy:
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::3') as proxy:
         for _ in range(4):  # it is seen to serve eight at once
             in_threads(8, lambda _: ask(proxy, 'warm'))
 
         def work(i: int) -> set[str]:
             if i < 3:
                 return {ask(proxy, 'slow')}
-            end, answers = time.monotonic() + 2, set()
+            end, answers = time.monotonic() + 4, set()
             while time.monotonic() < end:
                 answers.add(ask(proxy, 'quick')[:5])
                 time.sleep(0.01)
@@ -279,12 +280,45 @@ def test_a_message_that_no_server_answers_in_time_takes_none_down() -> None:
         echo(peer, message)
 
     with stubs(hang_for_one, hang_for_one) as (a, b):
-        with ProxyProcess('-s', a.service + ':::0.5', '-s', b.service + ':::0.5') as proxy, proxy.client() as client:
+        with ProxyProcess('-s', a.service + ':::1.5', '-s', b.service + ':::1.5') as proxy, proxy.client() as client:
             instance = new_instance()
             for _ in range(3):  # recipients
                 assert client.ask(request(instance=instance, sender='slow')) == 'dunno'
             assert client.ask_own() in ('A', 'B')
             assert 'is down' not in proxy.log
+
+
+def test_a_server_that_takes_no_connection_is_down_also_for_one_message() -> None:
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(0)
+        for _ in range(4):  # nobody accepts them, and there is room for no more
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        with ProxyProcess('-s', f'A=127.0.0.1:{listener.getsockname()[1]}:::1') as proxy, proxy.client() as client:
+            instance = new_instance()
+            for _ in range(2):
+                assert client.ask(request(instance=instance)) == 'dunno'
+            proxy.logged('is down: timeout 2 times in a row')
+
+
+def test_a_drain_opens_no_connection_for_each_client() -> None:
+    with stubs(slow(0.02)) as (a,), ProxyProcess('-s', a.service + '::::5') as proxy:
+
+        def ask_to_the_end(_: int) -> None:
+            with proxy.client() as client, contextlib.suppress(OSError, AssertionError):
+                while client.ask_own() == 'A':
+                    pass
+
+        clients = threading.Thread(target=in_threads, args=(30, ask_to_the_end))
+        clients.start()
+        wait_until(lambda: len(a.requests) > 300)
+        before = a.accepted
+        proxy.process.terminate()
+        assert proxy.process.wait(20) == 0
+        clients.join()
+        assert a.accepted - before < 15, 'each last answer took its connection along'
 
 
 def test_all_down_the_default_comes_at_once_and_is_loud_once() -> None:

@@ -90,6 +90,15 @@ def test_slow_requests_are_no_failure_of_a_service_that_answers_others_meanwhile
     assert 'is down' in fail(one, LATE, 3), 'nobody was answered since these began'
 
 
+def test_what_a_trial_brings_is_no_answer_to_those_from_before_it() -> None:
+    one = service()
+    old = one.begin(0)
+    fail(one, REFUSED, 1)
+    one.probe_connected(2)
+    one.begin(3)
+    assert not one.answered_since(old)
+
+
 def test_probes_come_at_growing_distances_and_forever() -> None:
     one = service()
     now = 0.0

@@ -127,7 +127,7 @@ def test_a_service_that_fails_now_and_then_is_told_although_it_is_up() -> None:
         (hang if len(peer.server.requests) % 2 else echo)(peer, message)
 
     with stubs(every_second, echo) as (a, b):
-        with StatusProxy('-s', a.service + ':::0.3', '-s', b.service + ':20') as proxy:
+        with StatusProxy('-s', a.service + ':::1.5', '-s', b.service + ':20') as proxy:
             with proxy.client() as client:
                 for _ in range(4):
                     client.ask(request(instance=new_instance()))
