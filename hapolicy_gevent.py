@@ -1258,7 +1258,7 @@ class Pool:
         timer = self._timers.pop() if whole and self._timers else QueryTimeout(seconds)
         connection: Connection | None = None
         again, stop = timer.again, timer.stop
-        again(getcurrent().throw, timer, update=True)
+        again(getcurrent().throw, timer)
         try:
             connection = self._take(preferred) or self.open()
             try:
