@@ -281,7 +281,7 @@ def attribute(request: bytes, name: bytes) -> bytes:
 
 def is_policy_request(request: bytes) -> bool:
     """Tell whether this is what check_policy_service sends: Postfix names the type first."""
-    return request[:28] == b'request=smtpd_access_policy\n' or attribute(request, b'request') == POLICY_REQUEST
+    return request.startswith(b'request=smtpd_access_policy\n') or attribute(request, b'request') == POLICY_REQUEST
 
 
 def check_action(action: bytes) -> bytes:
@@ -998,7 +998,7 @@ class Wire:
     becomes readable while nobody waits goes to unexpected().
     """
 
-    __slots__ = ('_hub', '_recv', '_send', '_waiter', '_watched', '_watcher', 'socket')
+    __slots__ = ('_hub', '_recv', '_send', '_waiter', '_watcher', 'socket')
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -1013,12 +1013,6 @@ class Wire:
         self._waiter: greenlet | None = None
         self._watcher: Any = self._hub.loop.io(sock.fileno(), READ)
         self._watcher.start(self._readable)
-        self._watched = True
-
-    def stop_watching(self) -> None:
-        """Leave what is there to receive() to come."""
-        self._watcher.stop()
-        self._watched = False
 
     def _readable(self) -> None:
         if self._waiter is not None:
@@ -1035,9 +1029,8 @@ class Wire:
 
         Raises OSError.
         """
-        if not self._watched:
+        if not self._watcher.active:
             self._watcher.start(self._readable)
-            self._watched = True
         self._waiter = getcurrent()
         try:
             SWITCH_TO(self._hub)
@@ -1147,7 +1140,7 @@ class Connection(Wire):
         if self in self.pool.idle:
             self.pool.spoiled(self)
         else:
-            self.stop_watching()  # still sending; exchange() will receive it
+            self._watcher.stop()  # still sending; exchange() will receive it
 
     def exchange(self, request: bytes) -> bytes:
         """Send a request and return the action of its answer.
@@ -1185,8 +1178,8 @@ class Connection(Wire):
 class QueryTimeout(gevent.Timeout):
     """A Timeout that may be started again and again: 0.4 us each time, against 1.6 us for a new one.
 
-    gevent's own goes on with what the last run left of its time, as libev's ev_timer_stop() keeps
-    the rest; ev_timer_again() starts from the whole.
+    gevent's own start() goes on with what the last run left of its time, as libev's ev_timer_stop()
+    keeps the rest. `again`, libev's ev_timer_again(), starts from the whole; `stop` ends it.
     """
 
     __slots__ = ('again', 'stop')
@@ -1461,10 +1454,10 @@ class Client(Wire):
         try:
             self._take_in(self.receive_now())
         except OSError:
-            self.stop_watching()
+            self._watcher.stop()
             self._greenlet.throw(ClientFault(RESET))  # wherever it waits: for a service, most likely
         if self.ended or len(self._buffer.data) > MAX_MESSAGE:
-            self.stop_watching()
+            self._watcher.stop()
 
     def _take_in(self, data: bytes | None) -> None:
         if data:

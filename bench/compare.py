@@ -229,8 +229,8 @@ def start_commands(stage: Stage) -> dict[str, list[str]]:
     services = [service.service() for service in stage.services]
     installed = ['-c', f'import sys; sys.path.insert(0, {str(ROOT)!r}); import hapolicy_gevent; hapolicy_gevent.run()']
     pythons = {'python': sys.executable}
-    able = subprocess.run([DEBIAN_PYTHON, '-c', 'import gevent, docopt'], capture_output=True).returncode == 0
-    if able and Path(DEBIAN_PYTHON).resolve() != Path(sys.executable).resolve():
+    by_debian = next(peer for peer in PEERS if peer.name == BY_DEBIAN)
+    if not by_debian.missing and Path(DEBIAN_PYTHON).resolve() != Path(sys.executable).resolve():
         pythons['Debian python3'] = DEBIAN_PYTHON
     commands = {}
     for name, python in pythons.items():

@@ -58,6 +58,9 @@ def main() -> int:
     if not shutil.which('valgrind'):
         print('instructions: valgrind is not installed', file=sys.stderr)
         return 2
+    if not given['--requests'].isdigit() or not int(given['--requests']):
+        print('instructions: --requests is a number above 0', file=sys.stderr)
+        return 2
     python, module = given['--python'] or sys.executable, given['--module'] or str(MODULE)
     requests = int(given['--requests'])
     with Processes() as processes:
