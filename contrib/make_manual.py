@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import textwrap
 from pathlib import Path
@@ -123,10 +122,10 @@ def blocks(text: str) -> list[Block]:
 
 
 def manual(module: str) -> str:
-    """Return the page for the source of the module, which is parsed and not imported: gevent may be missing."""
+    """Return the page for the source of the module, which is read and not imported: gevent may be missing."""
     version = re.search(r"^__version__ = '(.+)'$", module, re.MULTILINE)
     assert version
-    first, *rest = blocks(ast.get_docstring(ast.parse(module)) or '')
+    first, *rest = blocks(module.split('"""')[1])
     page = [
         r'.\" made by contrib/make_manual.py',
         f'.TH HAPOLICY 1 "" "hapolicy_gevent {version[1]}"',

@@ -20,7 +20,7 @@ def turn(balancer: Balancer, instance: bytes = b'', now: float = 0) -> str:
     """Let a request be chosen for, asked and answered."""
     chosen = balancer.choose(instance, (), now)
     assert chosen is not None
-    chosen.answered(chosen.begin(now), now)
+    chosen.answered(chosen.begin(now), b'dunno', now)
     return chosen.name
 
 
@@ -102,7 +102,7 @@ def test_a_stalled_service_gets_requests_only_when_no_other_can_take_them() -> N
     assert balancer.choose(b'', (), 5.1) is b
     assert balancer.choose(b'', [b], 5.1) is a
     assert a.state is UP
-    a.answered(slot, 6)
+    a.answered(slot, b'dunno', 6)
     assert balancer.choose(b'', (), 7) is a
 
 

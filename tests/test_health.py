@@ -49,7 +49,7 @@ def test_a_service_that_cannot_be_connected_to_is_down_at_once(reason: str) -> N
 def test_other_failures_take_it_down_after_fall_in_a_row(reason: str) -> None:
     one = service()
     assert fail(one, reason) == ''
-    one.answered(one.begin(1), 1)
+    one.answered(one.begin(1), b'dunno', 1)
     assert fail(one, reason) == ''
     assert 'is down' in fail(one, reason)
 
@@ -82,7 +82,7 @@ def test_one_message_that_is_always_late_takes_no_service_down_but_ends_a_trial(
 def test_slow_requests_are_no_failure_of_a_service_that_answers_others_meanwhile() -> None:
     one = service()
     slots = [one.begin(0) for _ in range(5)]
-    one.answered(one.begin(1), 1.5)
+    one.answered(one.begin(1), b'dunno', 1.5)
     for number, slot in enumerate(slots):
         assert one.fail(LATE, b'%d' % number, slot, 2) == ''
     assert (one.state, one.in_flight, one.failures[LATE]) == (UP, 0, 5)
@@ -123,7 +123,7 @@ def test_on_trial_it_gets_one_request_at_a_time_until_one_is_answered() -> None:
     slot = one.begin(1)
     assert balancer.choose(b'', (), 1) is None
     assert not balancer.others(())
-    assert 'is up' in one.answered(slot, 2) and one.state is UP
+    assert 'is up' in one.answered(slot, b'dunno', 2) and one.state is UP
     assert balancer.choose(b'', (), 2) is one
 
 
@@ -143,7 +143,7 @@ def test_what_was_in_flight_when_it_went_down_no_longer_counts() -> None:
     one.probe_connected(2)
     for slot in old[:3]:
         assert one.fail(LATE, b'', slot, 3) == ''
-    assert one.answered(old[3], 3) == ''
+    assert one.answered(old[3], b'dunno', 3) == ''
     one.leave(old[4])
     assert (one.state, one.in_flight) == (TRIAL, 0)
 
@@ -186,7 +186,7 @@ def test_it_grows_to_twice_what_is_proven() -> None:
     for _ in range(4):
         slots = [one.begin(0) for _ in range(one.limit)]
         for served, slot in enumerate(slots, 1):
-            one.answered(slot, 0)
+            one.answered(slot, b'dunno', 0)
             one.prove(slot, served)
         limits.append(one.limit)
     assert limits == [2, 4, 8, 16]
@@ -233,7 +233,7 @@ class Model(RuleBasedStateMachine):
     @rule(pick=st.randoms(use_true_random=False))
     def be_answered(self, pick: object) -> None:
         slot = self.flying.pop(pick.randrange(len(self.flying)))  # type: ignore[attr-defined]
-        self.note(slot[0], slot[0].answered(slot, self.now))
+        self.note(slot[0], slot[0].answered(slot, b'dunno', self.now))
         slot[0].prove(slot, 0)
 
     @precondition(lambda self: self.flying)
