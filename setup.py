@@ -1,5 +1,6 @@
-"""Install hapolicy_gevent.py and the command `hapolicy`."""
+"""Install hapolicy_gevent.py and the command `hapolicy`; with HAPOLICY_USE_MYPYC=1, compiled to machine code."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,15 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r"^__version__ = '(.+)'$", (HERE / 'hapolicy_gevent.py').read_text(), re.MULTILINE)
 assert VERSION
+COMPILERS = ['mypy', 'types-docopt', 'types-gevent'] if os.environ.get('HAPOLICY_USE_MYPYC') == '1' else []
+extensions = []
+if COMPILERS:
+    try:
+        from mypyc.build import mypycify
+    except ImportError:  # pip asks first what is needed, and brings it by setup_requires
+        pass
+    else:
+        extensions = mypycify(['--ignore-missing-imports', 'hapolicy_gevent.py'])
 
 setup(
     name='hapolicy-gevent',
@@ -17,8 +27,10 @@ setup(
     long_description_content_type='text/markdown',
     license='BSD-2-Clause',
     py_modules=['hapolicy_gevent'],
+    ext_modules=extensions,
     data_files=[('share/man/man1', ['contrib/hapolicy.1'])],
     python_requires='>=3.10',
+    setup_requires=COMPILERS,
     install_requires=['gevent>=22.10', 'docopt>=0.6.2'],
     extras_require={
         'metrics': ['prometheus-client>=0.16'],

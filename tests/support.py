@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULE = ROOT / 'hapolicy_gevent.py'
+#: What is tested; test_compiled.py has it run another program.
+MODULE = Path(os.environ.get('HAPOLICY_PROGRAM', ROOT / 'hapolicy_gevent.py'))
 T = TypeVar('T')
 SCALE = float(os.environ.get('HAPOLICY_TEST_SCALE', '1'))
 

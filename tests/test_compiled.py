@@ -1,0 +1,49 @@
+"""The module compiled by mypyc does what the file does: the tests of the live proxy, once more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+#: The tests that run it as a process, and need no server of Debian's.
+LIVE = ('misbehaving', 'proxy', 'logging', 'check_services')
+START = """
+import sys
+sys.path.insert(0, {!r})
+import hapolicy_gevent
+assert not hapolicy_gevent.__file__.endswith('.py')
+hapolicy_gevent.run()
+"""
+
+
+@pytest.fixture(scope='module')
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the module compiled, as README has it; return a program that runs it."""
+    if not shutil.which('gcc'):
+        pytest.skip('there is no C compiler')
+    source, installed = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('installed')
+    for name in ('hapolicy_gevent.py', 'setup.py', 'pyproject.toml', 'README.md'):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / 'contrib', source / 'contrib')
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation', '--target', installed, '.'],
+        cwd=source, env=os.environ | {'HAPOLICY_USE_MYPYC': '1'}, check=True, timeout=600,
+    )  # fmt: skip
+    program = installed / 'hapolicy'
+    program.write_text(START.format(str(installed)))
+    return program
+
+
+def test_the_compiled_module_does_what_the_file_does(compiled: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-x', *(f'tests/test_{name}.py' for name in LIVE)],
+        cwd=ROOT, env=os.environ | {'HAPOLICY_PROGRAM': str(compiled)}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:]
