@@ -144,6 +144,8 @@ PATIENCE = 0.1
 
 #: HTTP connections served at once, the seconds each may last, and bytes of a request's headers.
 STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
+#: Seconds and bytes for which a client is read that has its answer, and more to send.
+STATUS_LINGER, STATUS_UNREAD = 0.3, 131072
 #: Seconds for which what was built for one is given to others too.
 STATUS_FRESH = 0.25
 #: Seconds between two samples of the counters, and how many are kept: ten minutes.
@@ -1052,7 +1054,7 @@ class Wire:
         Raises OSError.
         """
         self._waiter = getcurrent()
-        SWITCH_TO(self._hub)  # what is thrown in here ends this connection
+        SWITCH_TO(self._hub)  # who catches what is thrown in here must close this connection: _waiter is still set
         recv = self._recv  # called as self._recv() it is looked for as a method first, at full length
         try:
             data: bytes = recv(RECEIVE)  # as receive_now(), without the call
@@ -1223,15 +1225,16 @@ class QueryTimeout(gevent.Timeout):
 class Pool:
     """The connections to one service.
 
-    A connection is busy with one query, idle, or closed; one on which a query was abandoned is
-    closed. Idle ones are used last in, first out, so that the others can expire.
+    A connection is busy with one query, idle, or closed; one on which a query was abandoned is closed. Idle ones are
+    used last in, first out, so that the others can expire. One that is `spent` is closed after its answer, as are all
+    that were opened, or begun to be, before the service went down: they would say nothing of its room now.
     """
 
     def __init__(self, service: Service, queue: Queue, tell: Log) -> None:
         self.service, self._queue, self._tell = service, queue, tell
         self.idle: list[Connection] = []  # the longest idle first
         self._open: set[Connection] = set()
-        self._serial = self._newest_served = 0
+        self._serial = self._newest_served = self._last_retired = 0
         self._settled = False  # SETTLE has shown that the service answers once
         self._lying = False  # it sent what nobody asked for: no connection is used twice
 
@@ -1247,7 +1250,7 @@ class Pool:
             raise connect_failure(error) from None
         if self._tell.verbose:
             self._tell(INFO, f"Connection established to '{self.service.name}' ({self.service.where})")
-        connection.spent = self._lying
+        connection.spent = self._lying or serial <= self._last_retired
         self._open.add(connection)
         return connection
 
@@ -1292,6 +1295,7 @@ class Pool:
             if connection is not None:
                 self.discard(connection)
             if error is timeout:
+                timeout.__traceback__ = None  # it would keep the request until the next time
                 raise self._late(connection, slot, timeout.seconds, fair) from None
             raise
         finally:
@@ -1362,7 +1366,8 @@ class Pool:
         self._lying = self._settled = False
 
     def renew(self) -> None:
-        """Close all that are idle, and those in use after their answer."""
+        """Close all that are idle, those in use after their answer, and so those that are being opened."""
+        self._last_retired = self._serial
         for connection in list(self._open):
             self.retire(connection)
 
@@ -1840,7 +1845,7 @@ def clock(when: float) -> str:
 
 
 #: Method and path; also of a proxy, which sends the whole address.
-HTTP_REQUEST = re.compile(rb'([A-Z]+) (?:http://[^/ ]*)?(/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n').match
+HTTP_REQUEST = re.compile(rb'([!-~]+) (?:http://[^/ ]*)?(/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n').match
 
 
 class Status:
@@ -1876,13 +1881,9 @@ class Status:
                   " frame-ancestors 'none'")  # fmt: skip
         self._headers = [
             f'Content-Security-Policy: {policy}',
-            'X-Content-Type-Options: nosniff',
-            'Referrer-Policy: no-referrer',
-            'Cache-Control: no-store',
-            'Cross-Origin-Resource-Policy: same-origin',
-            'Allow: GET, HEAD',
-            'Connection: close',
-        ]
+            'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer', 'Cache-Control: no-store',
+            'Cross-Origin-Resource-Policy: same-origin', 'Allow: GET, HEAD', 'Connection: close',
+        ]  # fmt: skip
         gevent.spawn(self._sample)
 
     def _sample(self) -> None:
@@ -1897,17 +1898,23 @@ class Status:
     def handle(self, sock: socket.socket, _address: object = None) -> None:
         """Answer one request and end: what StreamServer calls for each connection. Headers are skipped."""
         with sock, contextlib.suppress(OSError), gevent.Timeout(STATUS_SECONDS, TimeoutError()):
-            head = b''
-            while not (end := end_of_message(head)) and len(head) <= STATUS_HEAD and (data := sock.recv(RECEIVE)):
+            head, end = b'', 0
+            while not end and len(head) < STATUS_HEAD and (data := sock.recv(STATUS_HEAD - len(head))):
                 head += data
+                end = end_of_message(head)
             sock.sendall(self._respond(head[:end]))
             sock.shutdown(socket.SHUT_WR)
-            while sock.recv(RECEIVE):  # what is unread at the end would reset the connection, and our answer with it
-                pass
+            # what is unread at the end would reset the connection, and our answer with it; not for long, and
+            # with a turn for the others each time: recv() itself waits only when there is nothing
+            with gevent.Timeout(STATUS_LINGER, TimeoutError()):
+                for _ in range(STATUS_UNREAD // RECEIVE):
+                    if not sock.recv(RECEIVE):
+                        break
+                    gevent.sleep(0)
 
     def _respond(self, head: bytes) -> bytes:
         """Return the answer to the head of a request (RFC 9112)."""
-        code, kind, body = '400 Bad Request', 'text/plain', b'only HTTP/1.1 is understood\n'
+        code, kind, body = '400 Bad Request', 'text/plain', b'not understood\n'
         asked = HTTP_REQUEST(head)
         if asked:
             code, kind, body = '405 Method Not Allowed', 'text/plain', b'only GET and HEAD are answered\n'

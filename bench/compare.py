@@ -44,6 +44,8 @@ from bench.load import Plan, Result, start_load
 from bench.load_worker import request_around_instance
 from bench.peers import (
     BY_DEBIAN,
+    COMPILED,
+    COMPILED_PROGRAM,
     DEBIAN_PYTHON,
     DIRECT,
     HAPROXY,
@@ -238,6 +240,8 @@ def start_commands(stage: Stage) -> dict[str, list[str]]:
         subprocess.run([python, '-m', 'py_compile', str(MODULE)], check=True)
         commands[f'ours, {name}, installed'] = [python, *installed, *services]
         commands[f'ours, {name}, copied file'] = [python, str(MODULE), *services]
+    if COMPILED_PROGRAM.exists():
+        commands['ours, compiled'] = [str(COMPILED_PROGRAM), *services]
     if Path(PERL).exists():
         commands[PERL_NAME] = perl_command(stage.services)
     return commands
@@ -278,7 +282,7 @@ class Comparison:
         """Return the ratios that are promised, as far as they were measured."""
         mine, starts = self.figures[OURS], self.starts
         bars = []
-        for name in (OURS, BY_DEBIAN):
+        for name in (OURS, BY_DEBIAN, COMPILED):
             added, throughput = self.added_ratio(name), self.ratios(lambda one: one.throughput, HAPROXY, name)
             bars += [
                 Bar(f'CPU, {name}, to HAProxy tcp', 2.0, 1.5, self.ratios(lambda one: one.cpu, HAPROXY, name)),

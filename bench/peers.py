@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.processes import MODULE, PolicyService, Process, Processes, free_port
+from bench.processes import MODULE, ROOT, PolicyService, Process, Processes, StartError, free_port
 
 PERL = '/usr/sbin/hapolicy'
 POSTFIX = '/usr/sbin/postfix'
@@ -23,6 +23,9 @@ MASTER = '/usr/lib/postfix/sbin/master'
 #: Built with all optimizations, which a Python that was compiled by hand may lack; its gevent is older.
 DEBIAN_PYTHON = '/usr/bin/python3'
 DEBIAN_GEVENT, DEBIAN_DOCOPT = (f'/usr/lib/python3/dist-packages/{name}' for name in ('gevent', 'docopt.py'))
+#: python3 -m venv .venv-compiled && HAPOLICY_USE_MYPYC=1 .venv-compiled/bin/pip install .
+COMPILED_VENV = ROOT / '.venv-compiled'
+COMPILED_PROGRAM = COMPILED_VENV / 'bin' / 'hapolicy'
 NGINX_STREAM = '/usr/lib/nginx/modules/ngx_stream_module.so'
 #: Seconds of a clock tick of /proc.
 TICK = 1 / os.sysconf('SC_CLK_TCK')
@@ -172,17 +175,27 @@ def direct(stage: Stage) -> Running:
     return Running(stage.services[0].port)
 
 
-def ours(stage: Stage, *options: str, fields: str = '', python: str = sys.executable) -> Running:
+def ours(
+    stage: Stage, *options: str, fields: str = '', program: Sequence[str] = (sys.executable, str(MODULE))
+) -> Running:
     """Start this project's proxy; `fields` is prio:weight:timeout:max of each service."""
     port = free_port()
-    command = [python, str(MODULE), f'--listen=127.0.0.1:{port}', '--stdout', *options]
+    command = [*program, f'--listen=127.0.0.1:{port}', '--stdout', *options]
     command += [service.service(fields) for service in stage.services]
     return stage.serve(port, 'sh', '-c', f'exec {shlex.join(command)} >/dev/null')
 
 
 def ours_by_debian(stage: Stage) -> Running:
     """Start it as a copied file on a Debian host that has python3-gevent and python3-docopt."""
-    return ours(stage, python=DEBIAN_PYTHON)
+    return ours(stage, program=[DEBIAN_PYTHON, str(MODULE)])
+
+
+def ours_compiled(stage: Stage) -> Running:
+    """Start it as it is installed with HAPOLICY_USE_MYPYC=1. Raises StartError."""
+    installed = [path.read_bytes() for path in COMPILED_VENV.glob('lib/*/site-packages/hapolicy_gevent.py')]
+    if installed != [MODULE.read_bytes()] or not list(COMPILED_VENV.glob('lib/*/site-packages/hapolicy_gevent.*.so')):
+        raise StartError(f'{COMPILED_VENV} has not this version, compiled: install it again')
+    return ours(stage, program=[str(COMPILED_PROGRAM)])
 
 
 def ours_logging(stage: Stage) -> Running:
@@ -260,12 +273,13 @@ class Peer:
 
 OURS, HAPROXY, PERL_NAME = 'ours', 'HAProxy tcp', 'Perl hapolicy'
 LOGGING, RECIPE, DIRECT = 'ours -l', 'HAProxy recipe', 'no proxy'
-BY_DEBIAN = "ours, Debian's python3"
+BY_DEBIAN, COMPILED = "ours, Debian's python3", 'ours, compiled'
 
 PEERS = (
     Peer(DIRECT, direct, crowd=0, many=0),
     Peer(OURS, ours),
     Peer(BY_DEBIAN, ours_by_debian, [DEBIAN_PYTHON, DEBIAN_GEVENT, DEBIAN_DOCOPT], crowd=0, many=0),
+    Peer(COMPILED, ours_compiled, [str(COMPILED_PROGRAM)], crowd=0, many=0),
     Peer(LOGGING, ours_logging, crowd=0, many=0),
     Peer(HAPROXY, haproxy, ['haproxy']),
     # Postfix's request_limit=1 is part of the recipe: a connection for each request, so none is ever idle

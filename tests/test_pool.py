@@ -7,7 +7,10 @@ import socket
 import threading
 import time
 
-from hapolicy_gevent import bind_unix
+import pytest
+
+import hapolicy_gevent
+from hapolicy_gevent import Log, Pool, Queue, Statistics, StreamSink, bind_unix, parse_service
 from tests.support import (
     Behaviour,
     Peer,
@@ -245,3 +248,23 @@ def test_a_socket_left_by_a_dead_process_with_our_pid_is_no_obstacle(tmp_path: o
         left_over.bind(f'{tmp_path}/.{os.getpid()}')
         bind_unix(sock, f'{tmp_path}/t', 0o600, False)
         assert os.path.exists(f'{tmp_path}/t')
+
+
+def test_a_connection_that_was_being_opened_when_its_service_went_down_is_used_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    near, far = socket.socketpair()
+
+    def connect(_: object) -> socket.socket:
+        pool.forget()  # the service goes down meanwhile
+        return near
+
+    monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
+    service = parse_service('A=unix:/a')
+    pool = Pool(service, Queue(Statistics()), Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+    slot = service.begin(1)
+    connection = pool.open()
+    pool.release(connection, slot, True, 2)
+    assert pool.idle == [], 'it would prove nothing, and hide that the service may have more than one'
+    assert far.recv(1) == b''
+    far.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
@@ -402,6 +403,42 @@ def test_a_reader_that_stops_is_cut_off() -> None:
         timeout=60,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ('True []\n', '')
+
+
+def test_an_endless_upload_is_cut_off_and_holds_up_no_mail() -> None:
+    def upload() -> None:
+        with socket.create_connection(('127.0.0.1', proxy.status_port)) as sock, contextlib.suppress(OSError):
+            sock.sendall(b'POST / HTTP/1.1\r\n\r\n')
+            while not stop.is_set():
+                sock.sendall(bytes(1 << 20))
+        ended.append(time.monotonic())
+
+    ended: list[float] = []
+    stop = threading.Event()
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy, proxy.client() as client:
+        assert client.ask_own() == 'A'
+        threads = [threading.Thread(target=upload) for _ in range(3)]
+        started, delays = time.monotonic(), []
+        for thread in threads:
+            thread.start()
+        while len(ended) < 3 and time.monotonic() < started + 20:
+            before = time.monotonic()
+            assert client.ask_own() == 'A'
+            delays.append(time.monotonic() - before)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert max(ended) - started < 4 and max(delays) < 1, (ended, max(delays))
+
+
+def test_clients_that_keep_their_end_open_leave_room_for_others() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            sock = stack.enter_context(socket.create_connection(('127.0.0.1', proxy.status_port)))
+            sock.sendall(b'GET /health HTTP/1.1\r\n\r\n')
+        started = time.monotonic()
+        assert proxy.get('/health').status == 200
+        assert time.monotonic() - started < 3
 
 
 def test_hostile_load_on_the_status_does_not_stop_mail() -> None:
