@@ -475,7 +475,7 @@ class Service:
 
     # with more than 30 attributes an instance without slots has a dict that Python 3.11 looks up at full length
     __slots__ = (
-        'add_seconds', 'address', 'backoff', 'cap', 'clogged', 'failed_instance', 'fails', 'failures', 'fall',
+        'address', 'backoff', 'cap', 'clogged', 'failed_instance', 'fails', 'failures', 'fall',
         'generation', 'in_flight', 'latency', 'learned', 'limit', 'max', 'name', 'prio', 'probe_at', 'proven',
         'queries', 'quiet_since', 'raise_at', 'raise_wait', 'room', 'since', 'stall', 'stalled_seen', 'starved_at',
         'state', 'timeout', 'verdicts', 'waiting', 'weight', 'where', 'why',
@@ -505,7 +505,6 @@ class Service:
         self.failures = dict.fromkeys(FAILURES, 0)
         self.verdicts = dict.fromkeys(VERDICTS, 0)  # of its answers
         self.latency = Latency()  # of its answers, from the request to the answer
-        self.add_seconds = self.latency.add
         self.why = 'never down'  # why it is up again, or no longer
 
     def __repr__(self) -> str:
@@ -576,8 +575,8 @@ class Service:
     def answered(self, slot: Slot, action: bytes, now: float) -> str:
         """Note an answer and give the slot back; return what to log of a change of state, '' without one."""
         self.verdicts[verdict(action)] += 1
-        add_seconds = self.add_seconds
-        add_seconds(now - slot[2])
+        add = self.latency.add
+        add(now - slot[2])
         if slot[1] != self.generation:
             return ''
         self.in_flight -= 1
@@ -1022,6 +1021,8 @@ class Wire:
 
     __slots__ = ('_hub', '_recv', '_send', '_waiter', '_watcher', 'socket')
 
+    _recv: Callable[[int], bytes]
+
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
@@ -1057,16 +1058,14 @@ class Wire:
         SWITCH_TO(self._hub)  # who catches what is thrown in here must close this connection: _waiter is still set
         recv = self._recv  # called as self._recv() it is looked for as a method first, at full length
         try:
-            data: bytes = recv(RECEIVE)  # as receive_now(), without the call
-            return data
+            return recv(RECEIVE)  # as receive_now(), without the call
         except BlockingIOError:
             return None
 
     def receive_now(self) -> bytes | None:
         """Return what is there to receive, b'' at the end, None if there is nothing. Raises OSError."""
         try:
-            data: bytes = self._recv(RECEIVE)
-            return data
+            return self._recv(RECEIVE)
         except BlockingIOError:
             return None
 
@@ -1559,6 +1558,10 @@ class Client(Wire):
         if self.closing and not self._buffer.data and not self.ended:
             self._end()
 
+    def close(self) -> None:
+        super().close()
+        self.timeout.close()
+
     def _end(self) -> None:
         self.ended = True
         self.socket.shutdown(socket.SHUT_WR)
@@ -1717,7 +1720,6 @@ class Proxy:
         finally:
             self.clients.discard(client)
             client.close()
-            client.timeout.close()
 
     def _refuse(self, fault: ClientFault) -> None:
         self.statistics.refused[fault.reason] += 1
@@ -2166,15 +2168,21 @@ def buckets(latency: Latency) -> list[tuple[str, int]]:
     return [*((str(float(text)), count) for text, count in kept), ('+Inf', seen[-1])]
 
 
-def serve_status(listener: socket.socket, status: Status) -> Any:
-    """Serve the status by HTTP, beside the mail; return the StreamServer."""
-    from gevent.pool import Pool as GreenletPool
+def start_server(listener: socket.socket, handle: Callable[..., None], greenlets: Any) -> Any:
+    """Serve each connection by a greenlet of this pool; return the StreamServer."""
     from gevent.server import StreamServer
 
-    server = StreamServer(listener, status.handle, spawn=GreenletPool(STATUS_CONNECTIONS))
+    server = StreamServer(listener, handle, spawn=greenlets)
     server.max_delay = 0.1  # seconds without accepting after an error
     server.start()
     return server
+
+
+def serve_status(listener: socket.socket, status: Status) -> Any:
+    """Serve the status by HTTP, beside the mail; return the StreamServer."""
+    from gevent.pool import Pool as GreenletPool
+
+    return start_server(listener, status.handle, GreenletPool(STATUS_CONNECTIONS))
 
 
 # ---------------------------------------------------------------------------
@@ -2248,9 +2256,9 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     status = None if given['--status'] is None else parse_listen(given['--status'], '--status')
     if status in listen:
         raise UsageError(f"--status '{status}' is the address of a --listen: it needs one of its own")
+    fall, stall = parse_number(given['--fall'], '--fall', 1, 1000), parse_seconds(given['--stall'], '--stall')
     for service in services:
-        service.fall = parse_number(given['--fall'], '--fall', 1, 1000)
-        service.stall = parse_seconds(given['--stall'], '--stall')
+        service.fall, service.stall = fall, stall
     return Options(
         services=services,
         default=parse_default(given['--default']),
@@ -2521,10 +2529,11 @@ def told_when_full(is_full: Callable[[], int], limit: int, log: Log) -> Callable
 
     def full() -> bool:
         nonlocal told
-        if is_full() and time.monotonic() > told:
+        is_so = bool(is_full())
+        if is_so and time.monotonic() > told:
             told = time.monotonic() + 10
             log(WARNING, f'{limit} clients are served, the most allowed: more wait in the backlog')
-        return bool(is_full())
+        return is_so
 
     return full
 
@@ -2532,15 +2541,11 @@ def told_when_full(is_full: Callable[[], int], limit: int, log: Log) -> Callable
 def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop, options: Options, log: Log) -> bool:
     """Serve clients until told to stop; return False if some were left at the end of the grace."""
     from gevent.pool import Pool as GreenletPool
-    from gevent.server import StreamServer
 
     limit = client_limit(options, log)
     greenlets: Any = GreenletPool(limit)  # one for each client
     greenlets.full = told_when_full(greenlets.full, limit, log)
-    servers: list[Any] = [StreamServer(listener, proxy.handle, spawn=greenlets) for listener in listeners]
-    for server in servers:
-        server.max_delay = 0.1  # seconds without accepting after an error
-        server.start()
+    servers = [start_server(listener, proxy.handle, greenlets) for listener in listeners]
     inherited = listeners[: len(listeners) - len(options.listen)]
     where = ', '.join([*map(bound_to, inherited), *map(str, options.listen)])
     log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {where}')
