@@ -77,8 +77,8 @@ def test_the_table_of_messages_is_bounded_and_forgets_the_oldest() -> None:
     balancer = Balancer([service('a'), service('b')])
     for i in range(5 * MAX_INSTANCES):
         turn(balancer, b'%d' % i)
-    assert len(balancer._young) + len(balancer._old) <= 2 * MAX_INSTANCES
-    assert b'0' not in balancer._young and b'0' not in balancer._old
+    assert len(balancer._bound) <= 2 * MAX_INSTANCES
+    assert b'0' not in balancer._bound and b'%d' % i in balancer._bound
 
 
 def test_a_full_service_is_passed_over_and_waited_for_when_all_are_full() -> None:

@@ -214,6 +214,25 @@ def test_i5_under_spawn_nothing_but_answers_is_written() -> None:
         assert spawned.process.wait(10) == 0
 
 
+def test_under_spawn_nothing_is_imported_that_is_not_needed() -> None:
+    """Each smtpd pays for it: pprint, say, is what gevent's hub would import for 10 ms."""
+    spared = ('dataclasses', 'gevent.monkey', 'gevent.pywsgi', 'gevent.server', 'hashlib', 'html', 'http.client',
+              'json', 'logging', 'pprint', 'prometheus_client')  # fmt: skip
+    code = f"""if True:
+        import sys, hapolicy_gevent
+        hapolicy_gevent.main()
+        print([name for name in {spared} if name in sys.modules], file=sys.stderr)
+    """
+    with stubs(echo) as (a,):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.sendall(ONE % b'i')
+            ours.shutdown(socket.SHUT_WR)
+            command, client = [sys.executable, '-c', code, '-s', a.service], theirs.fileno()
+            done = subprocess.run(command, stdin=client, stdout=client, stderr=subprocess.PIPE, cwd=ROOT, timeout=30)
+            assert ours.recv(1000) == b'action=DUNNO i A\n\n' and done.stderr == b'[]\n', done
+
+
 @pytest.mark.parametrize('arguments', [[], ['-s', 'nonsense'], ['--frobnicate'], ['-s', 'a=h:1', '-d', '550']])
 def test_i5_under_spawn_a_mistake_in_master_cf_writes_nothing(arguments: list[str]) -> None:
     with Spawned(*arguments) as spawned:
