@@ -1249,7 +1249,7 @@ class Pool:
         """Return an idle connection that is quiet, the preferred one if it is idle here."""
         if self.idle and not self._settled:
             gevent.sleep(self.idle[-1].idle_since + SETTLE - time.monotonic())
-            self._settled = True
+            self._settled = self._settled or bool(self.idle)  # if it did not go down, or answer twice, meanwhile
         while self.idle:
             if preferred is not None and preferred in self.idle:
                 self.idle.remove(preferred)
@@ -1695,7 +1695,7 @@ class Proxy:
         client.answer(self._default)
         self.statistics.defaults[reason] += 1
         why = f'default, {reason}' + (f', last: {failure.reason}' if failure is not None else '')
-        if reason is not NO_SERVICE:  # told by _note() once, and counted by _keep()
+        if reason is not NO_SERVICE:  # told by _note() once, and counted by _tend()
             level = NOTICE if reason is NOT_POLICY else WARNING
             self._log(level, f"Default action '{printable(self._default)}' given: {why}")
         return self._default, tried[-1] if tried else None, len(tried), why
@@ -1783,23 +1783,25 @@ class Proxy:
                 self._note(service, service.probe_connected(time.monotonic()))
 
     def _keep(self) -> None:
-        """Do once a second what no request does."""
         while True:
             gevent.sleep(1)
-            now = time.monotonic()
-            for service, pool in self.pools.items():
-                pool.prune(now)
-                service.relearn(now)
-                service.latency.count()
-                if (service.state is UP and service.in_flight >= service.limit and self.queue.waited() > 1
-                        and not service.stalled(now)):  # fmt: skip
-                    service.widen()
-                self.queue.hand_over(service)
-                self._watch_stall(service, now)
-            if int(now) % 10 == 0 and self.statistics.defaults[NO_SERVICE] > self._defaults_told:
-                given = self.statistics.defaults[NO_SERVICE] - self._defaults_told
-                self._defaults_told += given
-                self._log(WARNING, f"Default action '{printable(self._default)}' given {given} times: {NO_SERVICE}")
+            gevent.spawn(self._tend, time.monotonic())  # a fault of ours costs one time, not all
+
+    def _tend(self, now: float) -> None:
+        """Do, once a second, what no request does."""
+        for service, pool in self.pools.items():
+            pool.prune(now)
+            service.relearn(now)
+            service.latency.count()
+            if (service.state is UP and service.in_flight >= service.limit and self.queue.waited() > 1
+                    and not service.stalled(now)):  # fmt: skip
+                service.widen()
+            self.queue.hand_over(service)
+            self._watch_stall(service, now)
+        if int(now) % 10 == 0 and self.statistics.defaults[NO_SERVICE] > self._defaults_told:
+            given = self.statistics.defaults[NO_SERVICE] - self._defaults_told
+            self._defaults_told += given
+            self._log(WARNING, f"Default action '{printable(self._default)}' given {given} times: {NO_SERVICE}")
 
     def summarize(self, seconds: float) -> None:
         """Log a summary so often, for ever."""
@@ -1844,7 +1846,7 @@ def clock(when: float) -> str:
 
 
 #: Method and path; also of a proxy, which sends the whole address.
-HTTP_REQUEST = re.compile(rb'([!-~]+) (?:http://[^/ ]*)?(/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n').match
+HTTP_REQUEST = rb'([!-~]+) (?:http://[^/ ]*)?(/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n'
 
 
 class Status:
@@ -1914,7 +1916,7 @@ class Status:
     def _respond(self, head: bytes) -> bytes:
         """Return the answer to the head of a request (RFC 9112)."""
         code, kind, body = '400 Bad Request', 'text/plain', b'not understood\n'
-        asked = HTTP_REQUEST(head)
+        asked = re.match(HTTP_REQUEST, head)
         if asked:
             code, kind, body = '405 Method Not Allowed', 'text/plain', b'only GET and HEAD are answered\n'
             if asked[1] in (b'GET', b'HEAD'):

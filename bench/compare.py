@@ -63,6 +63,8 @@ from bench.peers import (
 from bench.processes import MODULE, ROOT, Processes
 
 CLIENTS = 32
+#: Requests that an smtpd sends over one connection: it ends after max_use (100) SMTP sessions, of about one each.
+SMTPD_REQUESTS = 100
 #: Seconds of a load that count, after those in which it gets warm.
 WINDOW = 2
 #: Requests/s of the loads whose cost is compared for few and many clients: the same for both, as cost falls with load.
@@ -103,6 +105,7 @@ class Figures:
 
     user: list[float] = field(default_factory=list)  # seconds of processor per request
     system: list[float] = field(default_factory=list)
+    visits: list[float] = field(default_factory=list)  # the same of clients that leave after SMTPD_REQUESTS, in all
     throughput: list[float] = field(default_factory=list)  # requests/s
     p50: list[float] = field(default_factory=list)  # seconds
     p99: list[float] = field(default_factory=list)
@@ -160,6 +163,13 @@ def busy(peer: Peer, running: Running, figures: Figures) -> None:
     figures.throughput.append(window.throughput)
     figures.p50.append(window.result.latency.quantile(0.5))
     figures.p99.append(window.result.latency.quantile(0.99))
+
+
+def visits(peer: Peer, running: Running, figures: Figures) -> None:
+    """Measure 32 clients as smtpd are: each leaves after some requests, and comes anew; so a spawn(8) starts anew."""
+    if running.pid and not peer.request_limit:
+        plan = Plan(f'127.0.0.1:{running.port}', CLIENTS, seconds=peer.warm + WINDOW, request_limit=SMTPD_REQUESTS)
+        figures.visits.append(watch(running, plan, peer.warm, peer.name).cpu.sum)
 
 
 def alone(peer: Peer, running: Running, figures: Figures) -> None:
@@ -286,7 +296,9 @@ class Comparison:
             added, throughput = self.added_ratio(name), self.ratios(lambda one: one.throughput, HAPROXY, name)
             bars += [
                 Bar(f'CPU, {name}, to HAProxy tcp', 2.0, 1.5, self.ratios(lambda one: one.cpu, HAPROXY, name)),
-                Bar(f'CPU, {name}, to Perl', 1 / 15, 1 / 25, self.ratios(lambda one: one.cpu, PERL_NAME, name)),
+                Bar(f'CPU, {name}, to Perl', 1 / 15, 1 / 25, self.ratios(lambda one: one.visits, PERL_NAME, name)),
+                Bar('the same, without the start of its processes', 1 / 15, 1 / 25,
+                    self.ratios(lambda one: one.cpu, PERL_NAME, name)),
                 Bar(f'throughput, {name}, to HAProxy tcp', 0.5, 0.7, throughput, False),
                 Bar(f'added latency, {name}, to HAProxy tcp', 1.5, 1.0, added),
             ]
@@ -339,7 +351,7 @@ def compare(peers: Sequence[Peer], rounds: int, short: bool) -> Comparison:
         running = {peer.name: peer.start(stage) for peer in there}
         for number in range(rounds):
             order = there[number % len(there) :] + there[: number % len(there)]
-            for measure in (busy,) if short else (busy, alone, alone):
+            for measure in (busy,) if short else (busy, visits, alone, alone):
                 say(f'round {number + 1} of {rounds}: {measure.__name__}')
                 for peer in order:
                     measure(peer, running[peer.name], comparison.figures[peer.name])
@@ -385,14 +397,14 @@ def spread(values: Sequence[float], unit: float, digits: int = 0) -> str:
 
 def table(comparison: Comparison) -> str:
     """Return what was measured of each peer as text: us, requests/s, ms, kB."""
-    rows = [['', 'CPU/request us', 'user', 'system', 'requests/s', 'p50 ms', 'p99 ms', 'adds us, 1 client',
-             'kB/client', 'CPU us: 32 clients', '3,000']]  # fmt: skip
+    rows = [['', 'CPU/request us', 'user', 'system', f'{SMTPD_REQUESTS} a connection', 'requests/s', 'p50 ms', 'p99 ms',
+             'adds us, 1 client', 'kB/client', 'CPU us: 32 clients', '3,000']]  # fmt: skip
     for name, one in comparison.figures.items():
         proxied = name != DIRECT
         added = comparison.added(name) if proxied and one.alone and DIRECT in comparison.figures else []
         rows.append([
             name, *(spread(values if proxied else [], 1e-6) for values in (one.cpu, one.user, one.system)),
-            spread(one.throughput, 1), spread(one.p50, 1e-3, 2), spread(one.p99, 1e-3, 1),
+            spread(one.visits, 1e-6), spread(one.throughput, 1), spread(one.p50, 1e-3, 2), spread(one.p99, 1e-3, 1),
             spread(added, 1e-6), spread(one.memory, 1000, 1), spread(one.few, 1e-6), spread(one.many, 1e-6),
         ])  # fmt: skip
     return aligned(rows)

@@ -7,10 +7,23 @@ import socket
 import threading
 import time
 
+import gevent
 import pytest
 
 import hapolicy_gevent
-from hapolicy_gevent import Log, Pool, Queue, Statistics, StreamSink, bind_unix, parse_service
+from hapolicy_gevent import (
+    SETTLE,
+    Log,
+    Pool,
+    Proxy,
+    QueryTimeout,
+    Queue,
+    Service,
+    Statistics,
+    StreamSink,
+    bind_unix,
+    parse_service,
+)
 from tests.support import (
     Behaviour,
     Peer,
@@ -250,6 +263,42 @@ def test_a_socket_left_by_a_dead_process_with_our_pid_is_no_obstacle(tmp_path: o
         assert os.path.exists(f'{tmp_path}/t')
 
 
+def test_a_fault_of_ours_in_what_is_done_each_second_costs_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = []
+
+    def prune(*_: object) -> None:
+        times.append(1)
+        raise KeyError('of ours')
+
+    monkeypatch.setattr(Pool, 'prune', prune)
+    Proxy([parse_service('A=127.0.0.1:1')], b'dunno', 90.0, Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+    gevent.sleep(2.5)
+    assert len(times) == 2
+
+
+def pool_on(service: Service) -> Pool:
+    return Pool(service, Queue(Statistics()), Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+
+
+def test_i2_a_service_that_went_down_while_it_was_watched_for_a_second_answer_is_watched_again() -> None:
+    with stubs(echo) as (a,):
+        service = parse_service(a.service)
+        pool = pool_on(service)
+
+        def one(watched: bool) -> None:
+            slot = service.begin(time.monotonic())
+            if watched:
+                gevent.spawn(pool.forget)
+            _, connection = pool.ask(request(), slot, None, QueryTimeout(5), True)
+            pool.release(connection, slot, True, time.monotonic())
+
+        one(False)
+        one(True)  # waits for SETTLE, and the service goes down meanwhile
+        began = time.monotonic()
+        one(False)
+        assert time.monotonic() - began > SETTLE / 2, 'the connection of the service as it is now is watched'
+
+
 def test_a_connection_that_was_being_opened_when_its_service_went_down_is_used_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -261,7 +310,7 @@ def test_a_connection_that_was_being_opened_when_its_service_went_down_is_used_o
 
     monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
     service = parse_service('A=unix:/a')
-    pool = Pool(service, Queue(Statistics()), Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+    pool = pool_on(service)
     slot = service.begin(1)
     connection = pool.open()
     pool.release(connection, slot, True, 2)
