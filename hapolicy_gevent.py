@@ -852,10 +852,18 @@ Decision: TypeAlias = 'tuple[bytes, Service | None, int, str]'
 
 def printable(value: bytes) -> str:
     """Return a value as one line of text, whatever bytes it holds."""
-    text = value.decode('utf-8', 'backslashreplace')
+    return escaped(value.decode('utf-8', 'backslashreplace'))
+
+
+def escaped(text: str) -> str:
+    """Return a text without control characters."""
     if text.isprintable():
         return text
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+#: How the attributes begin that are told of a request.
+TOLD = [f'\n{name}=' for name in ('client_name', 'client_address', 'helo_name', 'sender', 'recipient', 'instance')]
 
 
 def request_line(decision: Decision, request: bytes, delay: float) -> str:
@@ -866,13 +874,13 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
     else:
         head = (f'[{service.name}] ({service.where}), prio: {service.prio}, weight: {service.weight}, '
                 f'queries: {service.queries}, answers: {service.answers}, failed: {service.failed}')  # fmt: skip
-    client, address, helo, sender, recipient, instance = [
-        printable(attribute(request, name))
-        for name in (b'client_name', b'client_address', b'helo_name', b'sender', b'recipient', b'instance')
-    ]
-    return (f'{head}, delay: {delay:.3f}s, client: {client}[{address}], helo: <{helo}>, from: <{sender}>, '
-            f"to: <{recipient}>, action: '{printable(action)}', "
-            f'instance: {instance}, tries: {tries}, why: {why}')  # fmt: skip
+    if CR in request:
+        request = request.replace(b'\r\n', b'\n')
+    text = '\n' + request.decode('utf-8', 'backslashreplace')  # all at once, as it costs less than one by one
+    client, address, helo, sender, recipient, instance = [text.partition(name)[2].partition('\n')[0] for name in TOLD]
+    told = escaped(f'client: {client}[{address}], helo: <{helo}>, from: <{sender}>, to: <{recipient}>, '
+                   f"action: '{action.decode()}', instance: {instance}")  # fmt: skip
+    return f'{head}, delay: {delay:.3f}s, {told}, tries: {tries}, why: {why}'
 
 
 #: Severity and text.
