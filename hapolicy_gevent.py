@@ -223,6 +223,10 @@ class ServiceFailure(HapolicyError):
         self.reason, self.connected = reason, connected
 
 
+class TurnedAway(ServiceFailure):
+    """The service's: it hung up on a new connection. Where others are served it has no worker for one more."""
+
+
 # ---------------------------------------------------------------------------
 # Protocol: bytes in, requests and actions out. SMTPD_POLICY_README and attr_scan_plain.c of
 # Postfix are the grammar.
@@ -473,7 +477,7 @@ class Service:
         'address', 'backoff', 'cap', 'clogged', 'failed_instance', 'fails', 'failures', 'fall',
         'generation', 'in_flight', 'latency', 'learned', 'limit', 'max', 'name', 'prio', 'probe_at', 'proven',
         'queries', 'quiet_since', 'raise_at', 'raise_wait', 'room', 'since', 'stall', 'stalled_seen', 'starved_at',
-        'state', 'timeout', 'verdicts', 'waiting', 'weight', 'where', 'why',
+        'starved_instance', 'state', 'timeout', 'verdicts', 'waiting', 'weight', 'where', 'why',
     )  # fmt: skip
 
     def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
@@ -488,6 +492,7 @@ class Service:
         self.in_flight = self.waiting = 0
         self.proven = 0  # requests at once that were seen to be served
         self.learned, self.starved_at = maximum, -RELEARN_LAST  # what it seems to serve at most, and when that was seen
+        self.starved_instance = b''
         self.raise_at = self.raise_wait = 0.0
         self.cap = self.room = maximum
         self.limit = 1
@@ -642,18 +647,19 @@ class Service:
         self.resize()
         return f'[{self.name}] ({self.where}) is {state}: {why}{lasted}'
 
-    def starve(self, served: int, now: float) -> str:
+    def starve(self, served: int, instance: bytes, now: float) -> str:
         """Note that a connection found no worker while `served` others were answered; return what to log.
 
         A prefork server serves as many connections as it has children; one more is accepted by the
-        kernel and never read. Asking it less is the cure, not taking it down. One alone may be a slow
-        request; the second within a minute is believed.
+        kernel and never read, or closed. Asking it less is the cure, not taking it down. One message alone may be
+        slow or poisonous; the second within a minute is believed. Where none stays open nothing is said of how many.
         """
-        alone = now - self.starved_at > RELEARN_FIRST and self.learned == self.max
-        self.starved_at = now
-        if alone or max(1, served) >= self.learned:  # of a burst, the first alone says something new
+        alone = ((now - self.starved_at > RELEARN_FIRST and self.learned == self.max)
+                 or (instance != b'' and instance == self.starved_instance))  # fmt: skip
+        self.starved_at, self.starved_instance = now, instance
+        if alone or not 0 < served < self.learned:  # of a burst, the first alone says something new
             return ''
-        self.learned = max(1, served)
+        self.learned = served
         self.raise_wait = min(RELEARN_LAST, self.raise_wait * 2) if self.raise_wait else RELEARN_FIRST
         self.raise_at = now + self.raise_wait
         self.resize()
@@ -1194,7 +1200,7 @@ class Connection(Wire):
         if not data:
             if self.used:
                 raise StaleConnection
-            raise ServiceFailure(DROPPED, 'it hung up without an answer')
+            raise TurnedAway(DROPPED, 'it hung up without an answer')
         try:
             action = parse_answer(data, closed=True)
         except InvalidAnswer as error:
@@ -1256,7 +1262,8 @@ class Pool:
     def _take(self, preferred: Connection | None) -> Connection | None:
         """Return an idle connection that is quiet, the preferred one if it is idle here."""
         if self.idle and not self._settled:
-            gevent.sleep(self.idle[-1].idle_since + SETTLE - time.monotonic())
+            settled = self.idle[-1].idle_since + min(SETTLE, self.service.timeout / 4)
+            gevent.sleep(settled - time.monotonic())
             self._settled = self._settled or bool(self.idle)  # if it did not go down, or answer twice, meanwhile
         while self.idle:
             if preferred is not None and preferred in self.idle:
@@ -1297,6 +1304,8 @@ class Pool:
             if error is timeout:
                 timeout.__traceback__ = None  # it would keep the request until the next time
                 raise self._late(connection, slot, timeout.seconds, fair) from None
+            if isinstance(error, TurnedAway) and self.served():
+                raise ServiceFailure(STARVED, 'it hung up on one connection more', connected=False) from None
             raise
         finally:
             stop()
@@ -1311,9 +1320,6 @@ class Pool:
             return ServiceFailure(DEADLINE, f'no answer within the {seconds:.3g}s left')
         if (connection is not None and not connection.used and connection.serial > self._newest_served
                 and self.service.answered_since(slot)):  # fmt: skip
-            advice = self.service.starve(self._served(), time.monotonic())
-            if advice:
-                self._tell(WARNING, advice)
             return ServiceFailure(STARVED, f'no worker took the connection within {seconds:.3g}s')
         return ServiceFailure(LATE, f'no answer within {seconds:.3g}s', connected=connection is not None)
 
@@ -1322,7 +1328,7 @@ class Pool:
         if not connection.used:
             connection.used = True
             self._newest_served = max(self._newest_served, connection.serial)
-            self.service.prove(slot, self._served())
+            self.service.prove(slot, self.served())
         if reuse and not connection.spent:
             connection.idle_since = now
             self.idle.append(connection)
@@ -1331,7 +1337,8 @@ class Pool:
         if self._queue.waiters:
             self._queue.hand_over(self.service)
 
-    def _served(self) -> int:
+    def served(self) -> int:
+        """Return how many of the open connections were answered."""
         return sum(1 for connection in self._open if connection.used)
 
     def spoiled(self, connection: Connection) -> None:
@@ -1619,6 +1626,9 @@ class Proxy:
             try:
                 action = self._query(slot, request, instance, client, tried, deadline)
             except ServiceFailure as caught:
+                if caught.reason is STARVED and not caught.connected and failure is None:
+                    gevent.sleep(PATIENCE)  # it was turned away at the door: one of the others may be free then
+                    tried.remove(slot[0])
                 failure, now = caught, time.monotonic()
                 continue
             self.statistics.answers += 1
@@ -1694,6 +1704,10 @@ class Proxy:
         service = slot[0]
         self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
                   f' instance: {printable(instance)}')  # fmt: skip
+        if failure.reason is STARVED:
+            advice = service.starve(self.pools[service].served(), instance, time.monotonic())
+            if advice:
+                self._log(WARNING, advice)
         message = instance if failure.connected else b''
         self._note(service, service.fail(failure.reason, message, slot, time.monotonic()))
         self.queue.hand_over(service)

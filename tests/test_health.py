@@ -151,28 +151,38 @@ def test_what_was_in_flight_when_it_went_down_no_longer_counts() -> None:
 def test_a_service_without_a_worker_for_one_more_is_asked_less_and_told_once() -> None:
     one = service()
     one.proven = 5
-    assert one.starve(5, 30) == '', 'it may have been one slow request'
+    assert one.starve(5, b'', 30) == '', 'it may have been one slow request'
     assert one.learned == 100
-    advice = one.starve(5, 30)
+    advice = one.starve(5, b'', 30)
     assert 'no more than 5' in advice and "set its max" in advice and ':5' in advice
     assert (one.cap, one.limit) == (100, 5)
-    assert one.starve(5, 30) == '', 'of the same burst'
+    assert one.starve(5, b'', 30) == '', 'of the same burst'
     one.relearn(30 + RELEARN_FIRST - 1)
     assert one.limit == 5
     one.relearn(30 + RELEARN_FIRST)
     assert one.limit == 6
-    assert 'no more than 5' in one.starve(5, 100), 'the raise was wrong'
+    assert 'no more than 5' in one.starve(5, b'', 100), 'the raise was wrong'
     one.relearn(100 + 2 * RELEARN_FIRST - 1)
     assert one.limit == 5, 'the next raise comes after twice the time'
     one.relearn(100 + 2 * RELEARN_FIRST)
     assert one.limit == 6
 
 
+def test_one_message_or_a_service_that_keeps_no_connection_teaches_nothing_of_its_workers() -> None:
+    one = service()
+    for _ in range(3):
+        assert one.starve(5, b'poison', 30) == ''
+    for instance in (b'a', b'b', b'c'):
+        assert one.starve(0, instance, 31) == ''
+    assert one.learned == 100
+    assert one.starve(5, b'd', 32)
+
+
 @pytest.mark.parametrize(('reason', 'learned'), [(REFUSED, 100), (UNREACHABLE, 100), (DROPPED, 5)])
 def test_what_was_learned_of_a_service_is_forgotten_with_its_process(reason: str, learned: int) -> None:
     one = service()
-    one.starve(5, 30)
-    one.starve(5, 30)
+    one.starve(5, b'', 30)
+    one.starve(5, b'', 30)
     while one.state is UP:
         fail(one, reason, 40)
     assert one.learned == learned

@@ -27,6 +27,7 @@ from hapolicy_gevent import (
 from tests.support import (
     Behaviour,
     Peer,
+    PolicyServerStub,
     PostfixClient,
     ProxyProcess,
     attributes,
@@ -91,6 +92,37 @@ def test_i2_a_second_answer_is_found_before_a_waiting_request_takes_the_connecti
             proxy.logged('each of its connections is used once')
     # one that comes after the next request was sent cannot be told from its answer
     assert strangers <= 3, f'{strangers} of 960 requests had the answer of another'
+
+
+class FewAtATime(PolicyServerStub):
+    """Hangs up at once on connections beyond five, as xinetd's `instances` or systemd's `MaxConnections` do."""
+
+    def _serve(self, peer: Peer) -> None:
+        if self.open > 5:
+            peer.closed.set()
+            peer.sock.close()
+        else:
+            super()._serve(peer)
+
+
+def test_a_server_that_hangs_up_on_more_connections_stays_up_and_every_request_is_answered() -> None:
+    with FewAtATime(slow(0.05)) as a, ProxyProcess('-s', a.service) as proxy:
+
+        def work(_: int) -> list[str]:
+            with proxy.client() as client:
+                return [client.ask_own() for _ in range(15)]
+
+        assert {action for actions in in_threads(20, work) for action in actions} == {'A'}
+        proxy.logged('seems to serve no more than ')
+        assert 'is down' not in proxy.log
+
+
+def test_a_timeout_shorter_than_the_look_for_a_second_answer_is_enough() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service + ':::0.04') as proxy:
+        for _ in range(3):
+            with proxy.client() as client:
+                assert client.ask_own() == 'A'
+        assert ' failed: timeout' not in proxy.log and 'is down' not in proxy.log
 
 
 def test_growth_goes_on_after_the_end_of_a_burst() -> None:
