@@ -492,13 +492,12 @@ class Service:
         self.in_flight = self.waiting = 0
         self.proven = 0  # requests at once that were seen to be served
         self.learned, self.starved_at = maximum, -RELEARN_LAST  # what it seems to serve at most, and when that was seen
-        self.starved_instance = b''
         self.raise_at = self.raise_wait = 0.0
         self.cap = self.room = maximum
         self.limit = 1
         self.clogged = False  # a request waited for it in vain, and it has answered nothing since
         self.quiet_since = 0.0  # last answer, or when the first of those in flight was sent
-        self.fails, self.failed_instance = 0, b''
+        self.fails, self.failed_instance, self.starved_instance = 0, b'', b''
         self.probe_at, self.backoff = 0.0, PROBE_FIRST
         self.stalled_seen = False
         self.queries = 0
@@ -1101,8 +1100,6 @@ class Wire:
 
 def connect(address: Address) -> socket.socket:
     """Return a socket connected to a service, names resolved anew each time. Raises OSError."""
-    if address.family == socket.AF_UNIX:
-        return _connect_unix(address.host)
     if address.family == socket.AF_UNSPEC or '%' in address.host:
         try:
             return socket.create_connection((address.host, address.port), CONNECT_TIMEOUT)
@@ -1110,30 +1107,27 @@ def connect(address: Address) -> socket.socket:
             raise OSError(errno.EHOSTUNREACH, str(error)) from None
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
-        sock.settimeout(CONNECT_TIMEOUT)
-        sock.connect((address.host, address.port))
+        if address.family == socket.AF_UNIX:
+            _connect_unix(sock, address.host)
+        else:
+            sock.settimeout(CONNECT_TIMEOUT)
+            sock.connect((address.host, address.port))
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _connect_unix(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        give_up = time.monotonic() + CONNECT_TIMEOUT
-        while True:
-            try:
-                sock.connect(path)
-                return sock
-            except BlockingIOError:  # the backlog is full, and no event tells when it no longer is
-                if time.monotonic() > give_up:
-                    raise TimeoutError('timed out') from None
-                gevent.sleep(0.01)
-    except BaseException:
-        sock.close()
-        raise
+def _connect_unix(sock: socket.socket, path: str) -> None:
+    sock.setblocking(False)
+    give_up = time.monotonic() + CONNECT_TIMEOUT
+    while True:
+        try:
+            return sock.connect(path)
+        except BlockingIOError:  # the backlog is full, and no event tells when it no longer is
+            if time.monotonic() > give_up:
+                raise TimeoutError('timed out') from None
+            gevent.sleep(0.01)
 
 
 def connect_failure(error: OSError) -> ServiceFailure:
@@ -1262,8 +1256,7 @@ class Pool:
     def _take(self, preferred: Connection | None) -> Connection | None:
         """Return an idle connection that is quiet, the preferred one if it is idle here."""
         if self.idle and not self._settled:
-            settled = self.idle[-1].idle_since + min(SETTLE, self.service.timeout / 4)
-            gevent.sleep(settled - time.monotonic())
+            gevent.sleep(self.idle[-1].idle_since + min(SETTLE, self.service.timeout / 4) - time.monotonic())
             self._settled = self._settled or bool(self.idle)  # if it did not go down, or answer twice, meanwhile
         while self.idle:
             if preferred is not None and preferred in self.idle:
@@ -1566,11 +1559,6 @@ class Client(Wire):
         if self.closing and not self._buffer.data and not self.ended:
             self._end()
 
-    def new_timeout(self, seconds: float) -> None:
-        """Have its queries end after so many seconds."""
-        self.timeout.close()
-        self.timeout = QueryTimeout(seconds)
-
     def close(self) -> None:
         super().close()
         self.timeout.close()
@@ -1677,7 +1665,8 @@ class Proxy:
             fair = remaining > self._deadline / 2
             seconds = max(0.001, remaining / 2 if self.balancer.others(tried) else remaining)
         if seconds != client.timeout.seconds:
-            client.new_timeout(seconds)
+            client.timeout.close()
+            client.timeout = QueryTimeout(seconds)
         try:
             action, connection = pool.ask(request, slot, preferred, client.timeout, fair)
         except ServiceFailure as failure:
@@ -1704,12 +1693,11 @@ class Proxy:
         service = slot[0]
         self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
                   f' instance: {printable(instance)}')  # fmt: skip
-        if failure.reason is STARVED:
-            advice = service.starve(self.pools[service].served(), instance, time.monotonic())
-            if advice:
-                self._log(WARNING, advice)
+        served, now = self.pools[service].served(), time.monotonic()
+        if failure.reason is STARVED and (advice := service.starve(served, instance, now)):
+            self._log(WARNING, advice)
         message = instance if failure.connected else b''
-        self._note(service, service.fail(failure.reason, message, slot, time.monotonic()))
+        self._note(service, service.fail(failure.reason, message, slot, now))
         self.queue.hand_over(service)
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,
@@ -2425,7 +2413,7 @@ def bind_unix(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise OSError(errno.EEXIST, 'a file that is no socket is there')
         if not reuse:
-            _connect_unix(path).close()
+            connect(Address(socket.AF_UNIX, path, 0)).close()
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     except (FileNotFoundError, ConnectionRefusedError):
         pass
@@ -2516,25 +2504,22 @@ def pump_in(far: socket.socket) -> None:
     """Pass stdin on, whatever it is: a file or a terminal can not be waited for in the loop."""
     os.set_blocking(0, True)
     read = gevent.get_hub().threadpool.apply
-    try:
+    with contextlib.suppress(OSError):  # the client's side has ended first: what it has answered is still passed on
         while data := read(os.read, (0, RECEIVE)):
             far.sendall(data)
+    with contextlib.suppress(OSError):
         far.shutdown(socket.SHUT_WR)
-    except OSError:  # the client's side has ended first; what it has answered is still to be passed on
-        with contextlib.suppress(OSError):
-            far.shutdown(socket.SHUT_WR)
 
 
 def pump_out(far: socket.socket) -> bool:
     """Pass the answers on to stdout; return False if nobody reads there."""
     os.set_blocking(1, True)
-    try:
+    with contextlib.suppress(OSError):
         while data := far.recv(RECEIVE):
             write_all(1, data)
-    except OSError:  # nobody is to be asked
-        far.close()
-        return False
-    return True
+        return True
+    far.close()  # nobody is to be asked
+    return False
 
 
 def bound_to(listener: socket.socket) -> str:
