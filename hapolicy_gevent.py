@@ -1264,8 +1264,7 @@ class Pool:
                 connection = preferred
             else:
                 connection = self.idle.pop()
-            poll = connection.poll
-            if not poll(0):
+            if not connection.poll(0):
                 return connection
             self.spoiled(connection)
         return None
