@@ -140,8 +140,9 @@ MAX_INSTANCE = 128
 LINGER = 1.0
 #: Seconds that are no time to ask a service: a request's last ones are for its default action.
 TOO_SHORT = 0.005
-#: Seconds a request waits for a service that grows, before it asks the next: one that is well grows in a few ms.
-PATIENCE = 0.1
+#: Seconds a request waits for a service that grows, before it asks the next: one that is well grows in a few ms;
+#: and before it asks one again that hung up on one connection more: all of a burst are known then.
+PATIENCE, TURNED_AWAY = 0.1, 0.01
 
 #: HTTP connections served at once, the seconds each may last, and bytes of a request's headers.
 STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
@@ -1614,7 +1615,7 @@ class Proxy:
                 action = self._query(slot, request, instance, client, tried, deadline)
             except ServiceFailure as caught:
                 if caught.reason is STARVED and not caught.connected and failure is None:
-                    gevent.sleep(PATIENCE)  # it was turned away at the door: one of the others may be free then
+                    gevent.sleep(TURNED_AWAY)  # then it waits for one that is served, or finds it free
                     tried.remove(slot[0])
                 failure, now = caught, time.monotonic()
                 continue
