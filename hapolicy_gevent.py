@@ -1101,7 +1101,7 @@ class Wire:
 
 def connect(address: Address) -> socket.socket:
     """Return a socket connected to a service, names resolved anew each time. Raises OSError."""
-    if address.family == socket.AF_UNSPEC or '%' in address.host:
+    if address.family == socket.AF_UNSPEC or (address.family == socket.AF_INET6 and '%' in address.host):
         try:
             return socket.create_connection((address.host, address.port), CONNECT_TIMEOUT)
         except UnicodeError as error:  # of the idna codec

@@ -272,7 +272,7 @@ def test_a_client_that_vanishes_leaves_no_connection_behind_that_is_used_again(l
 
 
 def test_unix_sockets_on_both_sides(tmp_path: object) -> None:
-    with PolicyServerStub(path=f'{tmp_path}/server') as a:
+    with PolicyServerStub(path=f'{tmp_path}/a%server') as a:
         with ProxyProcess('-s', a.service, f'--listen=unix:{tmp_path}/proxy', '--socket-mode=600') as proxy:
             with PostfixClient(f'{tmp_path}/proxy') as client:
                 assert client.ask_own() == 'A'
