@@ -754,13 +754,14 @@ class Balancer:
                     continue
                 # the first saves a call, nearly always
                 if now - service.quiet_since < service.stall or stalled_too or not service.stalled(now):
-                    if instance:
-                        self.bind(instance, service)
+                    self.bind(instance, service)
                     return service
         return None if stalled_too else self.choose(instance, tried, now, True)
 
     def bind(self, instance: bytes, service: Service) -> None:
         """Remember the service of a message, whose other requests are to go there."""
+        if not instance:
+            return
         if len(self._bound) >= 2 * MAX_INSTANCES:  # half at once: one by one costs more
             self._bound = dict(itertools.islice(self._bound.items(), MAX_INSTANCES, None))
         self._bound[instance] = service
@@ -1645,8 +1646,7 @@ class Proxy:
             else:
                 return None
             if slot is not None:
-                if instance:
-                    self.balancer.bind(instance, slot[0])
+                self.balancer.bind(instance, slot[0])
                 return slot
             if service is not None:
                 service.clog()
@@ -1693,8 +1693,8 @@ class Proxy:
         service = slot[0]
         self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
                   f' instance: {printable(instance)}')  # fmt: skip
-        served, now = self.pools[service].served(), time.monotonic()
-        if failure.reason is STARVED and (advice := service.starve(served, instance, now)):
+        now = time.monotonic()
+        if failure.reason is STARVED and (advice := service.starve(self.pools[service].served(), instance, now)):
             self._log(WARNING, advice)
         message = instance if failure.connected else b''
         self._note(service, service.fail(failure.reason, message, slot, now))

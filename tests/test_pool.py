@@ -295,6 +295,10 @@ def test_a_socket_left_by_a_dead_process_with_our_pid_is_no_obstacle(tmp_path: o
         assert os.path.exists(f'{tmp_path}/t')
 
 
+def quiet_log() -> Log:
+    return Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))
+
+
 def test_a_fault_of_ours_in_what_is_done_each_second_costs_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
     times = []
 
@@ -303,13 +307,13 @@ def test_a_fault_of_ours_in_what_is_done_each_second_costs_one_time(monkeypatch:
         raise KeyError('of ours')
 
     monkeypatch.setattr(Pool, 'prune', prune)
-    Proxy([parse_service('A=127.0.0.1:1')], b'dunno', 90.0, Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+    Proxy([parse_service('A=127.0.0.1:1')], b'dunno', 90.0, quiet_log())
     gevent.sleep(2.5)
     assert len(times) == 2
 
 
 def pool_on(service: Service) -> Pool:
-    return Pool(service, Queue(Statistics()), Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+    return Pool(service, Queue(Statistics()), quiet_log())
 
 
 def test_i2_a_service_that_went_down_while_it_was_watched_for_a_second_answer_is_watched_again() -> None:
