@@ -83,7 +83,7 @@ import warnings
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import gevent
 import gevent.event
@@ -507,9 +507,6 @@ class Service:
         self.latency = Latency()  # of its answers, from the request to the answer
         self.why = 'never down'  # why it is up again, or no longer
 
-    def __repr__(self) -> str:
-        return f'<Service {self.name} {self.state}, {self.in_flight}+{self.waiting} of {self.limit}/{self.cap}>'
-
     @property
     def answers(self) -> int:
         """Queries that were answered."""
@@ -612,14 +609,11 @@ class Service:
             self.backoff = PROBE_FIRST
         if reason in (REFUSED, UNREACHABLE):
             self.learned, self.raise_wait = self.max, 0.0  # it may come back with more workers
-        self._schedule_probe(now)
+        self.probe_at = now + self.backoff * self.jitter()
         self.generation += 1
         self.in_flight = self.proven = 0
         times = f' {self.fails} times in a row' if self.fails > 1 else ''
         return self._turn(DOWN, reason + times, now)
-
-    def _schedule_probe(self, now: float) -> None:
-        self.probe_at = now + self.backoff * self.jitter()
 
     @staticmethod
     def jitter() -> float:
@@ -629,7 +623,7 @@ class Service:
     def probe_failed(self, now: float) -> None:
         """Note that a probe could not connect: wait twice as long for the next."""
         self.backoff = min(PROBE_LAST, self.backoff * 2)
-        self._schedule_probe(now)
+        self.probe_at = now + self.backoff * self.jitter()
 
     def probe_connected(self, now: float) -> str:
         """Note that a probe connected: on trial. Return what to log."""
@@ -799,6 +793,10 @@ class Statistics:
         self.defaults = dict.fromkeys((NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY), 0)
         self.refused = dict.fromkeys(CLIENT_FAULTS, 0)
 
+    def totals(self) -> list[int]:
+        """Return how many requests there were, and what they got: answers and default actions."""
+        return [self.requests, self.answers, sum(self.defaults.values())]
+
     def __str__(self) -> str:
         counted = [f'{name}: {getattr(self, name)}' for name, _ in COUNTERS]
         return ', '.join([*counted, f'defaults: {sum(self.defaults.values())}'])
@@ -823,29 +821,19 @@ class Sample(NamedTuple):
         return Sample(self.when - base.when, self.answers - base.answers, self.failed - base.failed, counts)
 
 
-class Summary:
-    """What happened since the last one, in a line for the log."""
-
-    def __init__(self, statistics: Statistics, services: Sequence[Service]) -> None:
-        self._statistics, self._services = statistics, services
-        self._last = self._now()
-
-    def _now(self) -> tuple[list[int], list[Sample]]:
-        statistics = self._statistics
-        counted = [statistics.requests, statistics.answers, sum(statistics.defaults.values())]
-        return counted, list(map(Sample.of, self._services))
-
-    def line(self) -> str:
-        """Return the line, '' if there was no request."""
-        (before, old), self._last = self._last, self._now()
-        requests, answers, defaults = map(operator.sub, self._last[0], before)
-        samples = list(map(Sample.after, self._last[1], old))
-        if not requests:
-            return ''
+def summaries(statistics: Statistics, services: Sequence[Service]) -> Iterator[str]:
+    """Yield a line for the log of what happened since the last, '' if there was no request, as at first."""
+    old, before = list(map(Sample.of, services)), statistics.totals()
+    while True:
+        new, now = list(map(Sample.of, services)), statistics.totals()
+        requests, answers, defaults = map(operator.sub, now, before)
+        since = list(map(Sample.after, new, old))
         slowest = [f'{service.name} {milliseconds(Latency.quantile(sample.counts, 0.99))}'
-                   for service, sample in zip(self._services, samples, strict=True)]  # fmt: skip
-        return (f'summary of {samples[0].when:.0f}s, requests: {requests}, answers: {answers}, defaults: {defaults}, '
-                f'failures: {sum(sample.failed for sample in samples)}, p99: {", ".join(slowest)}')  # fmt: skip
+                   for service, sample in zip(services, since, strict=True)]  # fmt: skip
+        old, before = new, now
+        failures = sum(sample.failed for sample in since)
+        yield (f'summary of {since[0].when:.0f}s, requests: {requests}, answers: {answers}, defaults: {defaults}, '
+               f'failures: {failures}, p99: {", ".join(slowest)}' if requests else '')  # fmt: skip
 
 
 def milliseconds(bound: float | None) -> str:
@@ -923,40 +911,18 @@ class SyslogSink:
 
     def __init__(self, fallback: StreamSink | None) -> None:
         self._fallback = fallback
-        self._socket: socket.socket | None = None
-        self._connect_at = 0.0  # not before: an absent daemon is looked for once a second
-
-    def _connect(self) -> bool:
-        if time.monotonic() < self._connect_at:
-            return False
-        self._connect_at = time.monotonic() + 1
-        try:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.settimeout(1)  # a daemon that hangs: one line a second is given up
-            self._socket.connect(self.PATH)
-        except OSError:
-            self._close()
-            return False
-        return True
-
-    def _close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(1)  # a daemon that hangs: one line a second is given up
 
     def _send(self, line: bytes) -> bool:
-        for again in (True, False):  # the second time to a daemon that restarted
-            if self._socket is None and not self._connect():
-                return False
-            assert self._socket is not None
+        for _ in range(2):  # the second time to a daemon that was not there yet, or restarted
             try:
                 return self._socket.send(line) > 0
             except TimeoutError:
                 return False
             except OSError:
-                self._close()
-                if again:
-                    self._connect_at = 0.0
+                with contextlib.suppress(OSError):
+                    self._socket.connect(self.PATH)
         return False
 
     def write(self, lines: Sequence[Line]) -> int:
@@ -1815,12 +1781,10 @@ class Proxy:
 
     def summarize(self, seconds: float) -> None:
         """Log a summary so often, for ever."""
-        summary = Summary(self.statistics, list(self.pools))
-        while True:
-            gevent.sleep(seconds)
-            line = summary.line()
+        for line in summaries(self.statistics, list(self.pools)):
             if line:
                 self._log(NOTICE, line)
+            gevent.sleep(seconds)
 
     def _watch_stall(self, service: Service, now: float) -> None:
         stalled = service.stalled(now)
@@ -2178,7 +2142,7 @@ def buckets(latency: Latency) -> list[tuple[str, int]]:
 
 
 def start_server(listener: socket.socket, handle: Callable[..., None], greenlets: Any) -> Any:
-    """Serve each connection by a greenlet of this pool; return the StreamServer."""
+    """Serve each connection by a greenlet of this pool, or of so many; return the StreamServer."""
     from gevent.server import StreamServer
 
     server = StreamServer(listener, handle, spawn=greenlets)
@@ -2187,35 +2151,9 @@ def start_server(listener: socket.socket, handle: Callable[..., None], greenlets
     return server
 
 
-def serve_status(listener: socket.socket, status: Status) -> Any:
-    """Serve the status by HTTP, beside the mail; return the StreamServer."""
-    from gevent.pool import Pool as GreenletPool
-
-    return start_server(listener, status.handle, GreenletPool(STATUS_CONNECTIONS))
-
-
 # ---------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------
-
-
-class Options(NamedTuple):
-    """The command line, checked."""
-
-    services: list[Service]
-    default: bytes
-    logging: bool
-    verbose: bool
-    stdout: bool
-    listen: list[Address]
-    socket_mode: int
-    deadline: float
-    max_clients: int | None
-    grace: float
-    reuse_port: bool
-    summary: float  # seconds, 0: never
-    check_services: bool
-    status: Address | None
 
 
 def parse_default(text: str) -> bytes:
@@ -2244,46 +2182,56 @@ def parse_listen(text: str, option: str = '--listen') -> Address:
     return address
 
 
-def parse_command_line(argv: Sequence[str]) -> Options:
-    """Return the options. Raises UsageError; SystemExit after --help and --version."""
-    try:
-        given: dict[str, Any] = docopt(__doc__, list(argv), version=f'hapolicy {__version__}')
-    except DocoptExit:
-        raise UsageError(f'{misused(argv)}; see hapolicy --help') from None
-    services = [parse_service(text) for text in given['--service']]
+def parse_services(texts: Sequence[str]) -> list[Service]:
+    """Return the services of all -s options. Raises UsageError."""
+    services = [parse_service(text) for text in texts]
     if not services:
         raise UsageError('no --service given: at least one -s <name>=<address>:<port> is needed')
     names = [service.name for service in services]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--service '{name}' is given twice: each name is allowed once")
-    mode = given['--socket-mode']
-    if not re.fullmatch(r'0?[0-7]{3}', mode):
-        raise UsageError(f"--socket-mode '{mode}' is not an octal number from 000 to 777")
-    clients = given['--max-clients']
-    listen = [parse_listen(text) for text in given['--listen']]
-    status = None if given['--status'] is None else parse_listen(given['--status'], '--status')
-    if status in listen:
-        raise UsageError(f"--status '{status}' is the address of a --listen: it needs one of its own")
-    fall, stall = parse_number(given['--fall'], '--fall', 1, 1000), parse_seconds(given['--stall'], '--stall')
-    for service in services:
-        service.fall, service.stall = fall, stall
-    return Options(
-        services=services,
-        default=parse_default(given['--default']),
-        logging=given['--logging'],
-        verbose=given['--verbose'],
-        stdout=given['--stdout'],
-        listen=listen,
-        socket_mode=int(mode, 8),
-        deadline=parse_seconds(given['--deadline'], '--deadline'),
-        max_clients=None if clients is None else parse_number(clients, '--max-clients', 1, 10**6),
-        grace=parse_seconds(given['--grace'], '--grace'),
-        reuse_port=given['--reuse-port'],
-        summary=0.0 if given['--summary'] == '0' else parse_seconds(given['--summary'], '--summary'),
-        check_services=given['--check-services'],
-        status=status,
-    )
+    return services
+
+
+class Options:
+    """The command line, checked: what docopt found by the options' names."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        """Raises UsageError."""
+        self.services = parse_services(given['--service'])
+        self.default = parse_default(given['--default'])
+        self.logging: bool = given['--logging']
+        self.verbose: bool = given['--verbose']
+        self.stdout: bool = given['--stdout']
+        self.reuse_port: bool = given['--reuse-port']
+        self.check_services: bool = given['--check-services']
+        self.listen = [parse_listen(text) for text in given['--listen']]
+        status = given['--status']
+        self.status = None if status is None else parse_listen(status, '--status')
+        if self.status in self.listen:
+            raise UsageError(f"--status '{status}' is the address of a --listen: it needs one of its own")
+        if not re.fullmatch(r'0?[0-7]{3}', given['--socket-mode']):
+            raise UsageError(f"--socket-mode '{given['--socket-mode']}' is not an octal number from 000 to 777")
+        self.socket_mode = int(given['--socket-mode'], 8)
+        clients = given['--max-clients']
+        self.max_clients = None if clients is None else parse_number(clients, '--max-clients', 1, 10**6)
+        self.deadline = parse_seconds(given['--deadline'], '--deadline')
+        self.grace = parse_seconds(given['--grace'], '--grace')
+        # 0: never
+        self.summary = 0.0 if given['--summary'] == '0' else parse_seconds(given['--summary'], '--summary')
+        fall, stall = parse_number(given['--fall'], '--fall', 1, 1000), parse_seconds(given['--stall'], '--stall')
+        for service in self.services:
+            service.fall, service.stall = fall, stall
+
+
+def parse_command_line(argv: Sequence[str]) -> Options:
+    """Return the options. Raises UsageError; SystemExit after --help and --version."""
+    try:
+        given: dict[str, Any] = docopt(__doc__, list(argv), version=f'hapolicy {__version__}')
+    except DocoptExit:
+        raise UsageError(f'{misused(argv)}; see hapolicy --help') from None
+    return Options(given)
 
 
 def misused(argv: Sequence[str]) -> str:
@@ -2603,7 +2551,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report_errors(log)
     proxy = Proxy(options.services, options.default, options.deadline, log)
     if status is not None:
-        server = serve_status(status, Status(proxy, options.default, log))
+        server = start_server(status, Status(proxy, options.default, log).handle, STATUS_CONNECTIONS)
         if options.reuse_port:  # the process that replaces this one is asked from now on, and never this one
             stop.event.rawlink(lambda _: server.close())
         log(NOTICE, f'The status is served at {options.status}')
@@ -2614,11 +2562,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         clean = serve_stdin(proxy, stop, options.grace)
     log.close()
     return 0 if clean else 1
-
-
-def run() -> NoReturn:
-    """Be the command `hapolicy`."""
-    sys.exit(main())
 
 
 #: The status page, whole. The browser is told the hashes of its style and script and runs no other; what the
@@ -2876,4 +2819,4 @@ load();
 
 
 if __name__ == '__main__':
-    run()
+    sys.exit(main())

@@ -40,5 +40,5 @@ setup(
         ],
         'bench': ['matplotlib'],
     },
-    entry_points={'console_scripts': ['hapolicy=hapolicy_gevent:run']},
+    entry_points={'console_scripts': ['hapolicy=hapolicy_gevent:main']},
 )

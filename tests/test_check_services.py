@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from hapolicy_gevent import Latency, Statistics, Summary, parse_service, verdict
+from hapolicy_gevent import Latency, Statistics, parse_service, summaries, verdict
 from tests.support import (
     MODULE,
     HangUp,
@@ -159,16 +159,16 @@ def test_quantiles_are_the_bounds_that_hold() -> None:
 def test_a_summary_counts_since_the_last_and_is_silent_without_requests() -> None:
     statistics, services = Statistics(), [parse_service('A=h:1'), parse_service('B=h:2')]
     statistics.requests = 5
-    summary = Summary(statistics, services)
-    assert summary.line() == ''
+    lines = summaries(statistics, services)
+    assert next(lines) == ''
     statistics.requests += 3
     statistics.answers += 2
     statistics.defaults['deadline'] += 1
     services[1].failures['refused'] += 4
     services[0].latency.add(0.003)
-    assert summary.line() == ('summary of 0s, requests: 3, answers: 2, defaults: 1, failures: 4,'
+    assert next(lines) == ('summary of 0s, requests: 3, answers: 2, defaults: 1, failures: 4,'
                               ' p99: A 3.15 ms, B -')  # fmt: skip
-    assert summary.line() == ''
+    assert next(lines) == ''
 
 
 def test_a_live_proxy_logs_summaries_while_there_are_requests() -> None:

@@ -19,7 +19,7 @@ import sys
 sys.path.insert(0, {!r})
 import hapolicy_gevent
 assert not hapolicy_gevent.__file__.endswith('.py')
-hapolicy_gevent.run()
+sys.exit(hapolicy_gevent.main())
 """
 
 
