@@ -209,10 +209,6 @@ class ClientFault(HapolicyError):
         self.reason = reason
 
 
-class StaleConnection(HapolicyError):
-    """Nobody's: a used connection ended before the first byte of an answer."""
-
-
 class ServiceFailure(HapolicyError):
     """The service's: a query got no usable answer; `reason` is one of FAILURES.
 
@@ -224,8 +220,12 @@ class ServiceFailure(HapolicyError):
         self.reason, self.connected = reason, connected
 
 
+class ConnectionEnded(ServiceFailure):
+    """The service's, if it was a new one: a connection ended before the first byte of an answer."""
+
+
 class TurnedAway(ServiceFailure):
-    """The service's: it hung up on a new connection. Where others are served it has no worker for one more."""
+    """Nobody's: a service hung up on a new connection while others are served: it has no worker for one more."""
 
 
 # ---------------------------------------------------------------------------
@@ -475,8 +475,8 @@ class Service:
 
     # with more than 30 attributes an instance without slots has a dict that Python 3.11 looks up at full length
     __slots__ = (
-        'address', 'backoff', 'cap', 'clogged', 'failed_instance', 'fails', 'failures', 'fall',
-        'generation', 'in_flight', 'latency', 'learned', 'limit', 'max', 'name', 'prio', 'probe_at', 'proven',
+        'address', 'backoff', 'cap', 'clogged', 'failed_instance', 'failures', 'fall', 'generation', 'in_a_row',
+        'in_flight', 'latency', 'learned', 'limit', 'max', 'name', 'prio', 'probe_at', 'proven',
         'queries', 'quiet_since', 'raise_at', 'raise_wait', 'room', 'since', 'stall', 'stalled_seen', 'starved_at',
         'starved_instance', 'state', 'timeout', 'verdicts', 'waiting', 'weight', 'where', 'why',
     )  # fmt: skip
@@ -498,7 +498,7 @@ class Service:
         self.limit = 1
         self.clogged = False  # a request waited for it in vain, and it has answered nothing since
         self.quiet_since = 0.0  # last answer, or when the first of those in flight was sent
-        self.fails, self.failed_instance, self.starved_instance = 0, b'', b''
+        self.in_a_row, self.failed_instance, self.starved_instance = 0, b'', b''
         self.probe_at, self.backoff = 0.0, PROBE_FIRST
         self.stalled_seen = False
         self.queries = 0
@@ -578,7 +578,7 @@ class Service:
             return ''
         self.in_flight -= 1
         self.quiet_since = now
-        self.fails = 0
+        self.in_a_row = 0
         if self.clogged:
             self.clogged = False
             self.resize()
@@ -594,11 +594,11 @@ class Service:
             return ''  # no news of the service; where others are answered it was a slow request
         # one poisonous message, asked about again? On trial a late answer is too dear to try that again
         poison = reason in (INVALID, DROPPED) or (reason is LATE and self.state is UP)
-        if poison and instance and self.fails and instance == self.failed_instance:
+        if poison and instance and self.in_a_row and instance == self.failed_instance:
             return ''
-        self.fails += 1
+        self.in_a_row += 1
         self.failed_instance = instance
-        if self.state is UP and self.fails < self.fall and reason not in (REFUSED, UNREACHABLE):
+        if self.state is UP and self.in_a_row < self.fall and reason not in (REFUSED, UNREACHABLE):
             return ''
         return self._down(reason, now)
 
@@ -612,7 +612,7 @@ class Service:
         self.probe_at = now + self.backoff * self.jitter()
         self.generation += 1
         self.in_flight = self.proven = 0
-        times = f' {self.fails} times in a row' if self.fails > 1 else ''
+        times = f' {self.in_a_row} times in a row' if self.in_a_row > 1 else ''
         return self._turn(DOWN, reason + times, now)
 
     @staticmethod
@@ -637,7 +637,7 @@ class Service:
             self.why = why
         self.state, self.clogged = state, False
         if state is UP:
-            self.fails = 0
+            self.in_a_row = 0
         self.resize()
         return f'[{self.name}] ({self.where}) is {state}: {why}{lasted}'
 
@@ -722,10 +722,10 @@ class Balancer:
         self.services = sorted(services, key=lambda service: service.prio)
         self._rounds: dict[int, Callable[[], Iterator[Service]]] = {}  # by prio: yields each turn of a cycle once
         for service in {service.prio: service for service in self.services}.values():
-            self.changed(service)
+            self.lay_out(service)
         self._bound: dict[bytes, Service] = {}  # by instance, the longest known first
 
-    def changed(self, service: Service) -> None:
+    def lay_out(self, service: Service) -> None:
         """Begin the cycle of a service's prio anew: one of it came or went."""
         there = [other for other in self.services if other.prio == service.prio and other.state is not DOWN]
         turns = list(one_cycle(there))
@@ -1066,20 +1066,15 @@ class Wire:
         self.socket.close()
 
 
-def connect(address: Address) -> socket.socket:
-    """Return a socket connected to a service, names resolved anew each time. Raises OSError."""
-    if address.family == socket.AF_UNSPEC or (address.family == socket.AF_INET6 and '%' in address.host):
-        try:
-            return socket.create_connection((address.host, address.port), CONNECT_TIMEOUT)
-        except UnicodeError as error:  # of the idna codec
-            raise OSError(errno.EHOSTUNREACH, str(error)) from None
-    sock = socket.socket(address.family, socket.SOCK_STREAM)
+def connect(family: int, where: Any) -> socket.socket:
+    """Return a socket connected to a path, or to the numbers of an address. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if address.family == socket.AF_UNIX:
-            _connect_unix(sock, address.host)
+        if family == socket.AF_UNIX:
+            _connect_unix(sock, where)
         else:
             sock.settimeout(CONNECT_TIMEOUT)
-            sock.connect((address.host, address.port))
+            sock.connect(where)
     except BaseException:
         sock.close()
         raise
@@ -1107,6 +1102,51 @@ def connect_failure(error: OSError) -> ServiceFailure:
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
         return ServiceFailure(DESCRIPTORS, error.strerror or str(error))
     return ServiceFailure(UNREACHABLE, error.strerror or str(error))
+
+
+class HostName:
+    """The name in a service's address: looked up anew for each connection; while that fails, what it was last.
+
+    One lookup at a time: a name server that hangs keeps one of gevent's threads busy for each name, not all.
+    """
+
+    def __init__(self, address: Address, tell: Callable[[str], None]) -> None:
+        self._address, self._tell = address, tell
+        self._known: list[tuple[int, Any]] = []  # families and socket addresses
+        self._failed: set[tuple[int, Any]] = set()  # not connected to when last tried: asked last
+        self._trouble = ''
+        self._lookup: gevent.Greenlet[..., None] | None = None
+
+    def _look_up(self) -> None:
+        trouble = ''
+        try:
+            found = socket.getaddrinfo(self._address.host, self._address.port, type=socket.SOCK_STREAM)
+            self._known = [(family, where) for family, _, _, _, where in found]
+            self._failed.intersection_update(self._known)
+        except (OSError, UnicodeError) as error:  # the latter of the idna codec
+            trouble = getattr(error, 'strerror', None) or str(error)
+        if trouble != self._trouble and self._known:
+            self._tell(f'host name: {trouble}; it is asked where it was last' if trouble else 'host name: found again')
+        self._trouble = trouble
+
+    def connect(self) -> socket.socket:
+        """Return a socket connected to the first address that takes it. Raises OSError."""
+        if self._lookup is None or self._lookup.ready():
+            self._lookup = gevent.spawn(self._look_up)
+        self._lookup.join(PATIENCE if self._known else None)
+        if not self._known:
+            raise OSError(errno.EHOSTUNREACH, self._trouble)
+        *others, last = sorted(self._known, key=self._failed.__contains__)
+        for other in others:
+            with contextlib.suppress(OSError):
+                return self._try(other)
+        return self._try(last)
+
+    def _try(self, address: tuple[int, Any]) -> socket.socket:
+        self._failed.add(address)  # also for who comes in the meantime
+        sock = connect(*address)
+        self._failed.discard(address)
+        return sock
 
 
 class Connection(Wire):
@@ -1141,7 +1181,7 @@ class Connection(Wire):
     def exchange(self, request: bytes) -> bytes:
         """Send a request and return the action of its answer.
 
-        Raises StaleConnection, ServiceFailure.
+        Raises ServiceFailure.
         """
         data = b''
         try:
@@ -1160,9 +1200,7 @@ class Connection(Wire):
             pass  # ended by a reset: as good as closed
         self.spent = True
         if not data:
-            if self.used:
-                raise StaleConnection
-            raise TurnedAway(DROPPED, 'it hung up without an answer')
+            raise ConnectionEnded(DROPPED, 'it hung up without an answer')
         try:
             action = parse_answer(data, closed=True)
         except InvalidAnswer as error:
@@ -1197,8 +1235,15 @@ class Pool:
     that were opened, or begun to be, before the service went down: they would say nothing of its room now.
     """
 
-    def __init__(self, service: Service, queue: Queue, tell: Log) -> None:
-        self.service, self._queue, self._tell = service, queue, tell
+    def __init__(self, service: Service, queue: Queue, log: Log) -> None:
+        self.service, self._queue, self._log = service, queue, log
+        family, host, port = service.address
+        #: Returns a socket connected to the service. Raises OSError.
+        self.connect: Callable[[], socket.socket]
+        if family == socket.AF_UNSPEC or (family == socket.AF_INET6 and '%' in host):
+            self.connect = HostName(service.address, self._warn).connect
+        else:
+            self.connect = functools.partial(connect, family, host if family == socket.AF_UNIX else (host, port))
         self.idle: list[Connection] = []  # the longest idle first
         self._open: set[Connection] = set()
         self._serial = self._newest_served = self._last_retired = 0
@@ -1207,16 +1252,16 @@ class Pool:
 
     def open(self) -> Connection:
         """Open a connection. Raises ServiceFailure."""
-        if self._tell.verbose:
-            self._tell(INFO, f"Opening socket to '{self.service.name}' ({self.service.where})")
+        if self._log.verbose:
+            self._log(INFO, f"Opening socket to '{self.service.name}' ({self.service.where})")
         self._serial += 1
         serial = self._serial
         try:
-            connection = Connection(connect(self.service.address), self, serial)
+            connection = Connection(self.connect(), self, serial)
         except OSError as error:
             raise connect_failure(error) from None
-        if self._tell.verbose:
-            self._tell(INFO, f"Connection established to '{self.service.name}' ({self.service.where})")
+        if self._log.verbose:
+            self._log(INFO, f"Connection established to '{self.service.name}' ({self.service.where})")
         connection.spent = self._lying or serial <= self._last_retired
         self._open.add(connection)
         return connection
@@ -1252,7 +1297,9 @@ class Pool:
             connection.user = user
             try:
                 return connection.exchange(request), connection
-            except StaleConnection:
+            except ConnectionEnded:
+                if not connection.used:
+                    raise
                 # normal: many servers hang up after so many answers or so much idle time
                 self._queue.statistics.retries += 1
                 self.discard(connection)
@@ -1264,8 +1311,8 @@ class Pool:
             if error is timeout:
                 timeout.__traceback__ = None  # it would keep the request until the next time
                 raise self._late(connection, slot, timeout.seconds, fair) from None
-            if isinstance(error, TurnedAway) and self.served():
-                raise ServiceFailure(STARVED, 'it hung up on one connection more', connected=False) from None
+            if isinstance(error, ConnectionEnded) and self.served():
+                raise TurnedAway(STARVED, 'it hung up on one connection more', connected=False) from None
             raise
         finally:
             stop()
@@ -1311,13 +1358,15 @@ class Pool:
         if surplus:
             self.distrust(f'{len(surplus)} bytes that nobody asked for')
 
+    def _warn(self, text: str) -> None:
+        self._log(WARNING, f'[{self.service.name}] ({self.service.where}) {text}')
+
     def distrust(self, sent: str) -> None:
         """Use each connection of a service once that sends more than answers, until it went down and came back."""
         if not self._lying:
             self._lying = True
             self.renew()
-            self._tell(WARNING, f'[{self.service.name}] ({self.service.where}) sent {sent}:'
-                       ' from now on each of its connections is used once')  # fmt: skip
+            self._warn(f'sent {sent}: from now on each of its connections is used once')
 
     def discard(self, connection: Connection) -> None:
         """Close a connection wherever it stands."""
@@ -1581,7 +1630,7 @@ class Proxy:
             try:
                 action = self._query(slot, request, instance, client, tried, deadline)
             except ServiceFailure as caught:
-                if caught.reason is STARVED and not caught.connected and failure is None:
+                if isinstance(caught, TurnedAway) and failure is None:
                     gevent.sleep(TURNED_AWAY)  # then it waits for one that is served, or finds it free
                     tried.remove(slot[0])
                 failure, now = caught, time.monotonic()
@@ -1709,9 +1758,9 @@ class Proxy:
             if client.unsent or client.closing:
                 client.finish_answer(self._deadline)
             if log.requests:
-                self._tell(decision, request, time.monotonic() - started)
+                self._log_request(decision, request, time.monotonic() - started)
 
-    def _tell(self, decision: Decision, request: bytes, delay: float) -> None:
+    def _log_request(self, decision: Decision, request: bytes, delay: float) -> None:
         action, service, _, why = decision
         if self._log.verbose:
             if service is not None and why.startswith('ok'):
@@ -1737,7 +1786,7 @@ class Proxy:
         if not text:
             return
         self._log(WARNING, text)
-        self.balancer.changed(service)
+        self.balancer.lay_out(service)
         self.queue.hand_over(service)
         if service.state is DOWN:
             self.pools[service].forget()
@@ -1752,7 +1801,7 @@ class Proxy:
             gevent.sleep(max(0.0, service.probe_at - time.monotonic()))
             try:
                 with gevent.Timeout(service.timeout, TimeoutError('timed out')):
-                    connect(service.address).close()
+                    self.pools[service].connect().close()
             except Exception:
                 service.probe_failed(time.monotonic())
             else:
@@ -2361,7 +2410,7 @@ def bind_unix(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise OSError(errno.EEXIST, 'a file that is no socket is there')
         if not reuse:
-            connect(Address(socket.AF_UNIX, path, 0)).close()
+            connect(socket.AF_UNIX, path).close()
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     except (FileNotFoundError, ConnectionRefusedError):
         pass
@@ -2537,6 +2586,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         patch_sockets()
+        gevent.hub.Hub.threadpool_size += len(options.services)  # each may hang in the lookup of its host name
         if options.check_services:
             return check_services(options.services)
         listeners = inherited_listeners()

@@ -239,7 +239,7 @@ def first_answer(command: Sequence[str]) -> float:
 def start_commands(stage: Stage) -> dict[str, list[str]]:
     """Return the programs that spawn(8) may start: ours as pip installs it and as a copied file, and the ancestor."""
     services = [service.service() for service in stage.services]
-    installed = ['-c', f'import sys; sys.path.insert(0, {str(ROOT)!r}); from hapolicy_gevent import main; sys.exit(main())']
+    program = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from hapolicy_gevent import main; sys.exit(main())'
     pythons = {'python': sys.executable}
     by_debian = next(peer for peer in PEERS if peer.name == BY_DEBIAN)
     if not by_debian.missing and Path(DEBIAN_PYTHON).resolve() != Path(sys.executable).resolve():
@@ -248,7 +248,7 @@ def start_commands(stage: Stage) -> dict[str, list[str]]:
     for name, python in pythons.items():
         # as pip does, also where PYTHONDONTWRITEBYTECODE is set; the next start would compile it, and not keep that
         subprocess.run([python, '-m', 'py_compile', str(MODULE)], check=True)
-        commands[f'ours, {name}, installed'] = [python, *installed, *services]
+        commands[f'ours, {name}, installed'] = [python, '-c', program, *services]
         commands[f'ours, {name}, copied file'] = [python, str(MODULE), *services]
     if COMPILED_PROGRAM.exists():
         commands['ours, compiled'] = [str(COMPILED_PROGRAM), *services]

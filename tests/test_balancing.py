@@ -110,8 +110,8 @@ def test_a_service_that_returns_gets_no_burst() -> None:
     a, b = service('a'), service('b')
     balancer = Balancer([a, b])
     a.fail(REFUSED, b'', a.begin(0), 0)
-    balancer.changed(a)
+    balancer.lay_out(a)
     assert [turn(balancer) for _ in range(100)] == ['b'] * 100
     a.probe_connected(1)
-    balancer.changed(a)
+    balancer.lay_out(a)
     assert Counter(turn(balancer) for _ in range(10)) == {'a': 5, 'b': 5}

@@ -225,7 +225,7 @@ class Model(RuleBasedStateMachine):
 
     def note(self, one: Service, text: str) -> None:
         if text:
-            self.balancer.changed(one)
+            self.balancer.lay_out(one)
             if one.state is DOWN:
                 self.went_down[one] = self.now
 
@@ -283,7 +283,7 @@ class Model(RuleBasedStateMachine):
         up = [one for one in free if one.state is UP]
         if len(up) < 2 or up != free:
             return
-        self.balancer.changed(up[0])
+        self.balancer.lay_out(up[0])
         cycle = sum(one.weight for one in up)
         counted = Counter(chosen.name for _ in range(2 * cycle) if (chosen := self.balancer.choose(b'', (), self.now)))
         assert counted == {one.name: 2 * one.weight for one in up}

@@ -10,7 +10,6 @@ import time
 import gevent
 import pytest
 
-import hapolicy_gevent
 from hapolicy_gevent import (
     SETTLE,
     Log,
@@ -335,18 +334,16 @@ def test_i2_a_service_that_went_down_while_it_was_watched_for_a_second_answer_is
         assert time.monotonic() - began > SETTLE / 2, 'the connection of the service as it is now is watched'
 
 
-def test_a_connection_that_was_being_opened_when_its_service_went_down_is_used_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_connection_that_was_being_opened_when_its_service_went_down_is_used_once() -> None:
     near, far = socket.socketpair()
 
-    def connect(_: object) -> socket.socket:
+    def connect() -> socket.socket:
         pool.forget()  # the service goes down meanwhile
         return near
 
-    monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
     service = parse_service('A=unix:/a')
     pool = pool_on(service)
+    pool.connect = connect
     slot = service.begin(1)
     connection = pool.open()
     pool.release(connection, slot, True, 2)

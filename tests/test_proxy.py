@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,12 @@ from tests.support import (
     stubs,
     wait_until,
 )
+
+
+def answer_and_hang_up(peer: Peer, message: bytes) -> None:
+    """Answer each request on a connection of its own."""
+    echo(peer, message)
+    raise HangUp
 
 
 def test_a_request_of_another_type_gets_the_default_and_nothing_leaks_into_the_next() -> None:
@@ -338,6 +346,78 @@ def test_host_names_are_resolved_and_one_that_is_unknown_is_a_failure() -> None:
             with proxy.client() as client:
                 assert client.ask_own() == 'A'
             proxy.logged('[X] (no.such.host.invalid:1) is down: unreachable')
+
+
+#: What a python imports first of all: lookups of names as a file says, those of names with an x at least.
+NAME_SERVER = """
+import _socket, time
+def getaddrinfo(host, port, *args, **kwargs):
+    how = open({!r}).read() if 'x' in host else '127.0.0.1'
+    if how == 'fails':
+        raise _socket.gaierror(-3, 'Temporary failure in name resolution')
+    if how == 'hangs':
+        time.sleep(600)
+    return [(_socket.AF_INET, _socket.SOCK_STREAM, 6, '', (address, port)) for address in how.split()]
+_socket.getaddrinfo = getaddrinfo
+"""
+
+
+class NameServer:
+    """Tells a proxy with this environment where hosts are: the addresses written, or 'fails' or 'hangs'."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / 'sitecustomize.py').write_text(NAME_SERVER.format(str(folder / 'names')))
+        self.environment = {'PYTHONPATH': str(folder)}
+        self.write = (folder / 'names').write_text
+        self.write('127.0.0.1')
+
+
+@pytest.mark.parametrize('trouble', ['fails', 'hangs'])
+def test_a_service_is_asked_where_it_was_last_while_its_name_cannot_be_looked_up(tmp_path: Path, trouble: str) -> None:
+    names = NameServer(tmp_path)
+    with (stubs(answer_and_hang_up) as (a,),
+          ProxyProcess('-s', f'A=x:{a.port}', environment=names.environment) as proxy, proxy.client() as client):
+        assert client.ask_own() == 'A'
+        names.write(trouble)
+        began = time.monotonic()
+        assert [client.ask_own() for _ in range(10)] == ['A'] * 10
+        assert time.monotonic() - began < 10, 'each waits a moment for the lookup, not as long as it takes'
+        assert ') failed: ' not in proxy.log
+        if trouble == 'fails':
+            assert proxy.log.count('it is asked where it was last') == 1
+            names.write('127.0.0.1')
+            wait_until(lambda: client.ask_own() == 'A' and 'host name: found again' in proxy.log)
+
+
+def test_names_that_hang_do_not_hinder_other_names(tmp_path: Path) -> None:
+    names = NameServer(tmp_path)
+    with stubs(echo) as (a,):
+        hanging = [option for number in range(20) for option in ('-s', f'X{number}=x:{a.port}:::1')]
+        with ProxyProcess('-s', f'A=a:{a.port}:20', *hanging, environment=names.environment) as proxy:
+            names.write('hangs')
+
+            def ask(_: int) -> str:
+                with proxy.client() as client:
+                    return client.ask_own()
+
+            assert in_threads(40, ask) == ['A'] * 40
+
+
+def test_an_address_of_a_name_that_is_not_connected_to_is_tried_last(tmp_path: Path) -> None:
+    names = NameServer(tmp_path)
+    with stubs(answer_and_hang_up) as (a,), socket.socket() as deaf, contextlib.ExitStack() as full:
+        deaf.bind(('127.0.0.3', a.port))
+        deaf.listen(0)
+        for _ in range(3):  # what comes after them is not even refused
+            sock = full.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(deaf.getsockname())
+        names.write('127.0.0.3 127.0.0.1')
+        with (ProxyProcess('-s', f'A=x:{a.port}:::1', environment=names.environment) as proxy,
+              proxy.client() as client):  # fmt: skip
+            client.ask(request())  # its time goes by
+            assert [client.ask_own() for _ in range(5)] == ['A'] * 5
+            assert proxy.log.count(') failed: ') == 1
 
 
 def test_a_unix_server_with_a_full_backlog_costs_no_processor(tmp_path: object) -> None:
