@@ -2586,7 +2586,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         patch_sockets()
-        gevent.hub.Hub.threadpool_size += len(options.services)  # each may hang in the lookup of its host name
+        hub: Any = gevent.get_hub()
+        hub.threadpool_size += len(options.services)  # each may hang in the lookup of its host name
         if options.check_services:
             return check_services(options.services)
         listeners = inherited_listeners()
