@@ -1133,7 +1133,9 @@ class HostName:
         """Return a socket connected to the first address that takes it. Raises OSError."""
         if self._lookup is None or self._lookup.ready():
             self._lookup = gevent.spawn(self._look_up)
-        self._lookup.join(PATIENCE if self._known else None)
+            self._lookup.join(PATIENCE)
+        if not self._known:
+            self._lookup.join()
         if not self._known:
             raise OSError(errno.EHOSTUNREACH, self._trouble)
         *others, last = sorted(self._known, key=self._failed.__contains__)
