@@ -2588,6 +2588,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         patch_sockets()
+        gevent.config.format_context = 'builtins.repr'  # not used; the hub's default imports pprint and more, for 10 ms
         hub: Any = gevent.get_hub()
         hub.threadpool_size += len(options.services)  # each may hang in the lookup of its host name
         if options.check_services:
@@ -2598,7 +2599,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, ListenError) as error:
         complain(str(error))
         return 2 if isinstance(error, UsageError) else 1
-    gevent.config.format_context = 'builtins.repr'  # not used; its default imports pprint and more, for 10 ms
     stop = Stop()
     log = make_log(options, bool(listeners))
     report_errors(log)
