@@ -87,7 +87,6 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import gevent
 import gevent.event
-import gevent.hub
 import gevent.socket
 from greenlet import getcurrent, greenlet
 
@@ -138,8 +137,8 @@ MAX_INSTANCE = 128
 #: Seconds without a request after which a client is closed at once when we drain. Another will ask again soon,
 #: and is closed with that answer: a request could cross the end of its connection.
 LINGER = 1.0
-#: Seconds that are no time to ask a service: a request's last ones are for its default action.
-TOO_SHORT = 0.005
+#: Seconds that are no time to ask a service: a request's last ones are for its default action; the shortest --deadline.
+TOO_SHORT, MIN_DEADLINE = 0.005, 0.1
 #: Seconds a request waits for a service that grows, before it asks the next: one that is well grows in a few ms;
 #: and before it asks one again that hung up on one connection more: all of a burst are known then.
 PATIENCE, TURNED_AWAY = 0.1, 0.01
@@ -205,7 +204,7 @@ class ClientFault(HapolicyError):
     """The client's: its connection is closed; `reason` is one of CLIENT_FAULTS."""
 
     def __init__(self, reason: str, text: str = '') -> None:
-        super().__init__(f'{reason} {text}')
+        super().__init__(f'{reason} {text}'.rstrip())
         self.reason = reason
 
 
@@ -251,12 +250,8 @@ class RequestBuffer:
     __slots__ = ('_scanned', 'data')
 
     def __init__(self) -> None:
-        self.data = b''  #: received and not yet taken
+        self.data = b''  #: received and not yet taken: append to it
         self._scanned = 0
-
-    def feed(self, data: bytes) -> None:
-        """Append what was received."""
-        self.data = self.data + data if self.data else data
 
     def take(self) -> bytes | None:
         """Return the next complete request, its empty line included, or None while there is none.
@@ -383,19 +378,14 @@ class Latency:
         self._added: list[float] = []
         self.add = self._added.append  #: counts one query of so many seconds
 
-    def count(self) -> None:
-        """Sort in what was added since, which takes memory until then: many at once cost a tenth of one by one."""
+    def counts(self) -> list[int]:
+        """Return queries by bound. Sorts in what was added, which takes memory until then: cheaper than one by one."""
         self.sum += sum(self._added)
         self._added.sort()
         ends = [bisect_right(self._added, bound) for bound in self.BOUNDS]
         for place, (below, end) in enumerate(itertools.pairwise((0, *ends, len(self._added)))):
             self._counts[place] += end - below
         self._added.clear()
-
-    @property
-    def counts(self) -> list[int]:
-        """Queries by bound."""
-        self.count()
         return self._counts
 
     @classmethod
@@ -442,7 +432,7 @@ def parse_host(host: str, bracketed: bool) -> int:
     """Return the family of a host as written. Raises UsageError."""
     family = socket.AF_INET6 if bracketed else socket.AF_INET
     with contextlib.suppress(OSError, ValueError):
-        socket.inet_pton(family, re.sub(r'%[A-Za-z0-9._-]+$', '', host))
+        socket.inet_pton(family, re.sub(r'%[A-Za-z0-9._-]+$', '', host) if bracketed else host)
         return family
     if bracketed or not HOST_NAME.fullmatch(host) or re.fullmatch(r'[0-9.]+', host) or len(host) > 253:
         raise UsageError(f"address '{host}' is not an IPv4 address, [IPv6] address, host name or unix:/path")
@@ -813,7 +803,7 @@ class Sample(NamedTuple):
     @classmethod
     def of(cls, service: Service) -> Sample:
         """Return the counters as they are now."""
-        return cls(time.monotonic(), service.answers, service.failed, service.latency.counts.copy())
+        return cls(time.monotonic(), service.answers, service.failed, service.latency.counts().copy())
 
     def after(self, base: Sample) -> Sample:
         """Return what was counted since an earlier sample; `when` is how many seconds that is."""
@@ -1190,7 +1180,7 @@ class Connection(Wire):
             self.send(request)
             while (chunk := self.receive()) != b'':
                 if chunk:
-                    data = data + chunk if data else chunk
+                    data += chunk
                     action = parse_answer(data)
                     if action is not None:
                         return action
@@ -1507,7 +1497,7 @@ class Client(Wire):
 
     def _take_in(self, data: bytes | None) -> None:
         if data:
-            self._buffer.feed(data)
+            self._buffer.data += data
         elif data is not None:
             self.ended = True
 
@@ -1604,7 +1594,8 @@ class Proxy:
         self.clients: set[Client] = set()
         self.draining = False
         self._default, self._deadline, self._log = default, deadline, log
-        self._defaults_told = 0
+        #: Default actions that are told once in ten seconds and not one by one, by reason: how many were.
+        self._told = {NO_SERVICE: 0, NOT_POLICY: 0}
         for service in services:
             service.since = time.monotonic()
         gevent.spawn(self._keep)
@@ -1722,14 +1713,13 @@ class Proxy:
         client.answer(self._default)
         self.statistics.defaults[reason] += 1
         why = f'default, {reason}' + (f', last: {failure.reason}' if failure is not None else '')
-        if reason is not NO_SERVICE:  # told by _note() once, and counted by _tend()
-            level = NOTICE if reason is NOT_POLICY else WARNING
-            self._log(level, f"Default action '{printable(self._default)}' given: {why}")
+        if reason not in self._told:
+            self._log(WARNING, f"Default action '{printable(self._default)}' given: {why}")
         return self._default, tried[-1] if tried else None, len(tried), why
 
     # -- serving
 
-    def handle(self, sock: socket.socket, _address: object = None) -> None:
+    def handle(self, sock: socket.socket, address: tuple[Any, ...] | str = '') -> None:
         """Serve one client until it leaves, breaks the protocol, or we drain."""
         client = Client(sock)
         client.closing = self.draining
@@ -1738,16 +1728,17 @@ class Proxy:
         try:
             self._serve(client)
         except ClientFault as fault:
-            self._refuse(fault)
+            self._refuse(fault, address)
         except OSError:
-            self._refuse(ClientFault(RESET))
+            self._refuse(ClientFault(RESET), address)
         finally:
             self.clients.discard(client)
             client.close()
 
-    def _refuse(self, fault: ClientFault) -> None:
+    def _refuse(self, fault: ClientFault, address: tuple[Any, ...] | str) -> None:
         self.statistics.refused[fault.reason] += 1
-        self._log(WARNING if fault.reason is TOO_LONG else NOTICE, f'Client connection closed: {fault}')
+        where = f' from {address[0]}:{address[1]}' if address else ''  # of a unix socket there is none
+        self._log(WARNING if fault.reason is TOO_LONG else NOTICE, f'Client connection closed{where}: {fault}')
 
     def _serve(self, client: Client) -> None:
         log = self._log
@@ -1779,6 +1770,7 @@ class Proxy:
             for client in self.clients:
                 client.drain(now)
             gevent.sleep(0.01)
+        self._tell_defaults()
         return not self.clients
 
     # -- health
@@ -1819,16 +1811,22 @@ class Proxy:
         for service, pool in self.pools.items():
             pool.prune(now)
             service.relearn(now)
-            service.latency.count()
+            service.latency.counts()
             if (service.state is UP and service.in_flight >= service.limit and self.queue.waited() > 1
                     and not service.stalled(now)):  # fmt: skip
                 service.widen()
             self.queue.hand_over(service)
             self._watch_stall(service, now)
-        if int(now) % 10 == 0 and self.statistics.defaults[NO_SERVICE] > self._defaults_told:
-            given = self.statistics.defaults[NO_SERVICE] - self._defaults_told
-            self._defaults_told += given
-            self._log(WARNING, f"Default action '{printable(self._default)}' given {given} times: {NO_SERVICE}")
+        if int(now) % 10 == 0:
+            self._tell_defaults()
+
+    def _tell_defaults(self) -> None:
+        for reason, told in self._told.items():
+            given = self.statistics.defaults[reason]
+            if given > told:
+                self._told[reason] = given
+                level = WARNING if reason is NO_SERVICE else NOTICE
+                self._log(level, f"Default action '{printable(self._default)}' given {given - told} times: {reason}")
 
     def summarize(self, seconds: float) -> None:
         """Log a summary so often, for ever."""
@@ -1878,7 +1876,7 @@ class Status:
     """What the proxy tells of itself by HTTP: it only reads counters.
 
     /             the page for people: a constant, filled every 2 s from status.json
-    /status.json  all of it for programs, described at data()
+    /status.json  all of it for programs; README.md has the fields
     /metrics      for Prometheus, if its client library is installed; 501 if not
     /health       200 'ok' while a service is able to answer and no drain has begun; else 503 and why, in one line
 
@@ -1995,32 +1993,7 @@ class Status:
     # -- what is told
 
     def data(self) -> dict[str, Any]:
-        """Return the content of /status.json. Within version 1 fields may be added, none changes or goes.
-
-        version: 1; program: of hapolicy; pid
-        time, started: unix seconds; uptime: seconds; utc_offset: seconds, of the server's local time
-        draining: whether no new client is accepted
-        headline: level (ok, warning: something to look at, bad: no service is able to answer) and text, some sentences
-        default: the default action
-        requests, answers, redispatches, retries, clients: counted since the start
-        clients_connected: now
-        defaults, refused: by reason, how many default actions were given and clients' connections closed
-        log_lines_lost: since the start
-        step: seconds between two samples of a history
-        services: in order of prio, each with
-          name, address, prio, weight; timeout: seconds; max: requests in flight at most
-          learned_max: fewer, when it seems to serve no more; else null
-          state: up, trial (one request at a time until one is answered) or down
-          stalled: whether requests are in flight and none was answered for --stall seconds
-          since: unix seconds, when it came up or ceased to be; lasting: seconds since then; why: it did
-          in_flight, waiting, idle_connections: now
-          queries, answers, failed: since the start; verdicts: its answers by class; failures: by reason
-          requests_per_second: answered or failed in the last 10 s
-          share: of all services' answers in the last minute, 0 to 1; null without any
-          p50, p95, p99: seconds that so large a part of its answers in the last minute took at most, a bound of
-            Latency (100 also stands for more); null without any
-          history: answers and failed, a count for each step of the last ten minutes, the oldest first
-        """
+        """Return the content of /status.json; README.md has its fields."""
         now, wall = time.monotonic(), time.time()
         statistics = self._proxy.statistics
         minute = {service: self._lately(service, SHARE_SECONDS) for service in self._services}
@@ -2186,7 +2159,7 @@ def metrics_registry(collector: Any) -> Any:
 
 def buckets(latency: Latency) -> list[tuple[str, int]]:
     """Return a histogram as Prometheus has it: cumulative, here with 1-2-5 bounds."""
-    seen = list(itertools.accumulate(latency.counts))
+    seen = list(itertools.accumulate(latency.counts()))
     bounds = [f'{bound:g}' for bound in latency.BOUNDS]
     kept = [(text, count) for text, count in zip(bounds, seen, strict=False) if text.strip('0.') in ('1', '2', '5')]
     return [*((str(float(text)), count) for text, count in kept), ('+Inf', seen[-1])]
@@ -2229,7 +2202,7 @@ def parse_listen(text: str, option: str = '--listen') -> Address:
     except UsageError as error:
         raise UsageError(f"{option} '{text}': {error}; {allowed}") from None
     if rest or address.family == socket.AF_UNSPEC:
-        raise UsageError(f"{option} '{text}': not an address of this machine; {allowed}")
+        raise UsageError(f"{option} '{text}': a name, or more than an address; {allowed}")
     return address
 
 
@@ -2268,9 +2241,12 @@ class Options:
         clients = given['--max-clients']
         self.max_clients = None if clients is None else parse_number(clients, '--max-clients', 1, 10**6)
         self.deadline = parse_seconds(given['--deadline'], '--deadline')
+        if self.deadline < MIN_DEADLINE:
+            raise UsageError(f"--deadline '{given['--deadline']}' is too short to ask a service: allowed is"
+                             f' {MIN_DEADLINE:g} s or more')  # fmt: skip
         self.grace = parse_seconds(given['--grace'], '--grace')
-        # 0: never
-        self.summary = 0.0 if given['--summary'] == '0' else parse_seconds(given['--summary'], '--summary')
+        never = re.fullmatch(r'0+(\.0*)?', given['--summary'])
+        self.summary = 0.0 if never else parse_seconds(given['--summary'], '--summary')
         fall, stall = parse_number(given['--fall'], '--fall', 1, 1000), parse_seconds(given['--stall'], '--stall')
         for service in self.services:
             service.fall, service.stall = fall, stall
@@ -2280,20 +2256,21 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     """Return the options. Raises UsageError; SystemExit after --help and --version."""
     try:
         given: dict[str, Any] = docopt(__doc__, list(argv), version=f'hapolicy {__version__}')
-    except DocoptExit:
-        raise UsageError(f'{misused(argv)}; see hapolicy --help') from None
+    except DocoptExit as error:
+        told = str(error).partition('\n')[0]  # or, where docopt does not tell, how all is used
+        raise UsageError(f'{misused(argv) if told.startswith("Usage:") else told}; see hapolicy --help') from None
     return Options(given)
 
 
 def misused(argv: Sequence[str]) -> str:
-    """Return which word of a command line docopt could not place, as it does not tell."""
+    """Return which word of a command line docopt could not place."""
     known = set(re.findall(r'--[a-z-]+', __doc__))
     for word in argv:
         if word.startswith('--') and not any(name.startswith(word.partition('=')[0]) for name in known):
             return f"unknown option '{word}'"
         if re.match(r'-[^-sdlvLh]', word):
             return f"unknown option '{word}'"
-    return f"cannot use '{' '.join(argv)}': an option lacks its value, has one too many, or a word is no option"
+    return f"cannot use '{' '.join(argv)}': a word is no option, or one is given twice (quote values with blanks)"
 
 
 def is_client(fd: int) -> bool:
@@ -2316,7 +2293,7 @@ def make_log(options: Options, server: bool) -> Log:
     if options.stdout and (server or not is_client(1)):
         sink = StreamSink(1)
     else:
-        sink = SyslogSink(StreamSink(2) if server else None)
+        sink = SyslogSink(None if is_client(2) else StreamSink(2))
     return Log(sink, options.logging, options.verbose)
 
 
@@ -2332,8 +2309,8 @@ def report_errors(log: Log) -> None:
             return
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
-        line = trace.tb_lineno if trace is not None else 0
-        log(WARNING, f'Internal error at line {line}: {kind.__name__}: {value}')
+        where = f'{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}' if trace is not None else '-'
+        log(WARNING, f'Internal error at {where}: {kind.__name__}: {value}')
 
     hub: Any = gevent.get_hub()
     hub.print_exception = report
@@ -2385,12 +2362,49 @@ def check_services(services: Sequence[Service]) -> int:
     return 0 if fine else 1
 
 
-def open_listener(address: Address, mode: int, reuse: bool, option: str = '--listen') -> socket.socket:
-    """Return a listening socket. Raises ListenError."""
+def open_listeners(options: Options) -> list[socket.socket]:
+    """Return the listening sockets of all --listen, and of --status last. Raises ListenError.
+
+    With --reuse-port another process serves there, and goes on if anything fails: all are bound before one listens.
+    """
+    wanted = [(address, '--listen') for address in options.listen]
+    if options.status is not None:
+        wanted.append((options.status, '--status'))
+    bound: list[socket.socket] = []
+    try:
+        for address, option in wanted:
+            with blaming(address, option):
+                bound.append(bind(address, options.socket_mode, options.reuse_port))
+        for sock, (address, option) in zip(bound, wanted, strict=True):
+            with blaming(address, option):
+                sock.listen(BACKLOG)
+                if address.family == socket.AF_UNIX:
+                    os.rename(sock.getsockname(), address.host)
+    except ListenError:
+        for sock in bound:
+            if sock.family == socket.AF_UNIX:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(sock.getsockname())
+        raise
+    return bound
+
+
+@contextlib.contextmanager
+def blaming(address: Address, option: str) -> Iterator[None]:
+    """Turn an OSError into a ListenError that names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise ListenError(f"{option} '{address}': {error.strerror or error}; allowed is an address of this machine"
+                          ' and a port or path that is free and may be used') from None  # fmt: skip
+
+
+def bind(address: Address, mode: int, reuse: bool) -> socket.socket:
+    """Return a socket bound to an address, of a path beside it: to be moved there. Raises OSError."""
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         if address.family == socket.AF_UNIX:
-            bind_unix(sock, address.host, mode, reuse)
+            bind_beside(sock, address.host, mode, reuse)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if reuse:
@@ -2398,47 +2412,54 @@ def open_listener(address: Address, mode: int, reuse: bool, option: str = '--lis
             if address.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((address.host, address.port))
-        sock.listen(BACKLOG)
-    except OSError as error:
+    except OSError:
         sock.close()
-        raise ListenError(f"{option} '{address}': {error.strerror or error}; allowed is an address of this machine"
-                          ' and a port or path that is free and may be used') from None  # fmt: skip
+        raise
     return sock
 
 
-def bind_unix(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
-    """Bind to a path, in place of a socket that nobody serves any more, or with `reuse` of any. Raises OSError."""
-    try:
+def bind_beside(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
+    """Bind beside a path at which nothing is, or a socket that nobody serves any more; with `reuse` any.
+
+    Moved there when it listens: nobody meets it missing, with the wrong mode, or not served. Raises OSError.
+    """
+    with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise OSError(errno.EEXIST, 'a file that is no socket is there')
-        if not reuse:
+    if not reuse:
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             connect(socket.AF_UNIX, path).close()
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    except (FileNotFoundError, ConnectionRefusedError):
-        pass
-    # bound beside it and moved: nobody meets it with the wrong mode, or missing
-    beside = os.path.join(os.path.dirname(path), f'.{os.getpid()}')
+    beside = os.path.join(os.path.dirname(path), f'.{os.getpid()}.{sock.fileno()}')
     with contextlib.suppress(FileNotFoundError):
         os.unlink(beside)  # of a process that ended in this moment, and had our pid
     sock.bind(beside)
     os.chmod(beside, mode)
-    os.rename(beside, path)
-
-
-def open_status(options: Options, server: bool) -> socket.socket | None:
-    """Return the listening socket of --status, None without it. Raises UsageError, ListenError."""
-    if options.status is None:
-        return None
-    if not server:
-        raise UsageError(f"--status '{options.status}' needs --listen: of many processes on stdin one would get it")
-    return open_listener(options.status, options.socket_mode, options.reuse_port, '--status')
 
 
 def inherited_listeners() -> list[socket.socket]:
-    """Return the sockets handed over by systemd's socket activation (sd_listen_fds(3))."""
+    """Return the sockets handed over by systemd's socket activation (sd_listen_fds(3)). Raises ListenError."""
     if os.environ.get('LISTEN_PID') != str(os.getpid()):
         return []
-    return [socket.socket(fileno=fd) for fd in range(3, 3 + int(os.environ.get('LISTEN_FDS', '0')))]
+    count = parse_number(os.environ.get('LISTEN_FDS', '0'), 'LISTEN_FDS', 0, 1000)
+    return [inherited_listener(fd) for fd in range(3, 3 + count)]
+
+
+def inherited_listener(fd: int) -> socket.socket:
+    """Return the listening socket that a descriptor is. Raises ListenError."""
+    with contextlib.suppress(OSError):
+        sock = socket.socket(fileno=fd)
+        if sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return sock
+    raise ListenError(f'descriptor {fd}, from systemd, is not listening: allowed is ListenStream= with Accept=no')
+
+
+def check_loops(services: Sequence[Service], where: Sequence[str]) -> None:
+    """Raises UsageError for a service that is where we listen: it would ask itself, until all wait for all."""
+    for service in services:
+        if service.where in where:
+            raise UsageError(f"--service '{service.name}': {service.where} is where clients are served: it would ask"
+                             ' itself; allowed is the address of a policy server')  # fmt: skip
 
 
 def notify(state: str) -> None:
@@ -2455,8 +2476,11 @@ def client_limit(options: Options, log: Log) -> int:
     Every service may need its max of connections: the rest is for clients, and half at least. More
     than that is never allowed: a client that is accepted could not be answered.
     """
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # the kernel's own limit (fs.nr_open) may be lower
+        hard = soft
     reserved = RESERVED_DESCRIPTORS + (STATUS_CONNECTIONS + 1 if options.status is not None else 0)
     room = (hard if hard != resource.RLIM_INFINITY else 10**6) - reserved
     carried = max(1, room - sum(service.max for service in options.services), room // 2)
@@ -2466,22 +2490,22 @@ def client_limit(options: Options, log: Log) -> int:
     return min(asked or carried, carried)
 
 
-class Stop:
-    """SIGTERM and SIGINT: the first ends the wait, the second the process."""
+def stop_signal() -> gevent.event.Event:
+    """Return what SIGTERM and SIGINT set; the second of them ends the process."""
+    asked = gevent.event.Event()
 
-    def __init__(self) -> None:
-        self.event = gevent.event.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            gevent.signal_handler(number, self._asked)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to read anew, and mail in flight to lose
-
-    def _asked(self) -> None:
-        if self.event.is_set():
+    def ask() -> None:
+        if asked.is_set():
             os._exit(1)
-        self.event.set()
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(number, ask)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to read anew, and mail in flight to lose
+    return asked
 
 
-def serve_stdin(proxy: Proxy, stop: Stop, grace: float) -> bool:
+def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float) -> bool:
     """Serve the one client on stdin and stdout; return False if its answers could not all be given."""
     served: gevent.Greenlet[..., bool | None]
     if is_client(1):
@@ -2491,8 +2515,7 @@ def serve_stdin(proxy: Proxy, stop: Stop, grace: float) -> bool:
         gevent.spawn(pump_in, far)
         gevent.spawn(proxy.handle, sock)
         served = gevent.spawn(pump_out, far)  # ends after the client has
-    waited: list[Any] = [served, stop.event]
-    gevent.wait(waited, count=1)
+    gevent.wait([served, stop], count=1)  # type: ignore[type-var]
     give_up = time.monotonic() + grace
     drained = proxy.drain(grace)
     served.join(max(0.0, give_up - time.monotonic()))
@@ -2528,32 +2551,15 @@ def bound_to(listener: socket.socket) -> str:
     return str(Address(listener.family, os.fsdecode(host), port))
 
 
-def told_when_full(is_full: Callable[[], int], limit: int, log: Log) -> Callable[[], bool]:
-    """Return a full() of a greenlet pool that warns; while it is True, StreamServer leaves clients in the backlog."""
-    told = 0.0
-
-    def full() -> bool:
-        nonlocal told
-        is_so = bool(is_full())
-        if is_so and time.monotonic() > told:
-            told = time.monotonic() + 10
-            log(WARNING, f'{limit} clients are served, the most allowed: more wait in the backlog')
-        return is_so
-
-    return full
-
-
-def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop, options: Options, log: Log) -> bool:
+def serve_listeners(listeners: Sequence[socket.socket], where: Sequence[str],
+                    proxy: Proxy, stop: gevent.event.Event, options: Options, log: Log) -> bool:  # fmt: skip
     """Serve clients until told to stop; return False if some were left at the end of the grace."""
     from gevent.pool import Pool as GreenletPool
 
     limit = client_limit(options, log)
     greenlets: Any = GreenletPool(limit)  # one for each client
-    greenlets.full = told_when_full(greenlets.full, limit, log)
     servers = [start_server(listener, proxy.handle, greenlets) for listener in listeners]
-    inherited = listeners[: len(listeners) - len(options.listen)]
-    where = ', '.join([*map(bound_to, inherited), *map(str, options.listen)])
-    log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {where}')
+    log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {", ".join(where)}')
     eager = [service.name for service in options.services if service.timeout > options.deadline / 2]
     if eager and len(options.services) > 1:
         log(WARNING, f'The timeout of {", ".join(eager)} is over half of --deadline {options.deadline:g}s: a query that'
@@ -2561,7 +2567,11 @@ def serve_listeners(listeners: Sequence[socket.socket], proxy: Proxy, stop: Stop
     if options.summary:
         gevent.spawn(proxy.summarize, options.summary)
     notify('READY=1')
-    stop.event.wait()
+    full = False
+    while not stop.wait(1):
+        if greenlets.full() and not full:
+            log(WARNING, f'{limit} clients are served, the most allowed: more wait in the backlog')
+        full = greenlets.full()
     notify('STOPPING=1')
     for server in servers:
         with contextlib.suppress(OSError):
@@ -2585,6 +2595,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # one that was closed would become a listener, and then get the log
         pass
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until stop_signal() takes it: a traceback could go to the client
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         patch_sockets()
@@ -2594,24 +2605,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.check_services:
             return check_services(options.services)
         listeners = inherited_listeners()
-        listeners += [open_listener(address, options.socket_mode, options.reuse_port) for address in options.listen]
-        status = open_status(options, bool(listeners))
+        where = [*map(bound_to, listeners), *map(str, options.listen)]
+        check_loops(options.services, where)
+        if options.status is not None and not where:
+            raise UsageError(f"--status '{options.status}' needs --listen: of many processes on stdin one would get it")
+        opened = open_listeners(options)
     except (UsageError, ListenError) as error:
         complain(str(error))
         return 2 if isinstance(error, UsageError) else 1
-    stop = Stop()
+    status = opened.pop() if options.status is not None else None
+    listeners += opened
+    stop = stop_signal()
     log = make_log(options, bool(listeners))
     report_errors(log)
     proxy = Proxy(options.services, options.default, options.deadline, log)
     if status is not None:
         server = start_server(status, Status(proxy, options.default, log).handle, STATUS_CONNECTIONS)
         if options.reuse_port:  # the process that replaces this one is asked from now on, and never this one
-            stop.event.rawlink(lambda _: server.close())
+            stop.rawlink(lambda _: server.close())
         log(NOTICE, f'The status is served at {options.status}')
     if listeners:
-        clean = serve_listeners(listeners, proxy, stop, options, log)
+        clean = serve_listeners(listeners, where, proxy, stop, options, log)
         log(NOTICE, f'hapolicy ends, {proxy.statistics}')
     else:
+        if stat.S_ISCHR(os.fstat(0).st_mode):  # a terminal, or the /dev/null of a unit without its --listen
+            log(NOTICE, 'Without --listen and sockets of systemd one client is served, on stdin')
         clean = serve_stdin(proxy, stop, options.grace)
     log.close()
     return 0 if clean else 1

@@ -15,7 +15,19 @@ from pathlib import Path
 import pytest
 
 import hapolicy_gevent
-from tests.support import MODULE, ROOT, ProxyProcess, echo, hang, new_instance, request, slow, stubs, wait_until
+from tests.support import (
+    MODULE,
+    ROOT,
+    ProxyProcess,
+    echo,
+    free_port,
+    hang,
+    new_instance,
+    request,
+    slow,
+    stubs,
+    wait_until,
+)
 
 ONE = b'request=smtpd_access_policy\ninstance=%s\n\n'
 
@@ -36,10 +48,14 @@ def run(*arguments: str, stdin: bytes = b'') -> subprocess.CompletedProcess[byte
         (['-s', 'a=h:1', '-d', '550'], 'bare number'),
         (['-s', 'a=h:1', '-d', 'a\nb'], 'line break'),
         (['-s', 'a=h:1', '--listen=nonsense'], "'nonsense'"),
-        (['-s', 'a=h:1', '--listen=localhost:10060'], "'localhost:10060'"),
+        (['-s', 'a=h:1', '--listen=localhost:10060'], "'localhost:10060': a name"),
+        (['-s', 'a=127.0.0.1%lo:1'], "'127.0.0.1%lo'"),
+        (['-s', 'a=127.0.0.1:1', '--listen=[::1]:1', '--listen=127.0.0.1:1'], "'a': 127.0.0.1:1"),
+        (['-s', 'a=unix:/s:1', '--listen=unix:/s'], "'a': unix:/s"),
         (['-s', 'a=h:1', '--listen=127.0.0.1:65536'], "'65536'"),
         (['-s', 'a=h:1', '--socket-mode=999'], "'999'"),
         (['-s', 'a=h:1', '--deadline=0'], "--deadline '0'"),
+        (['-s', 'a=h:1', '--deadline=0.005'], "--deadline '0.005' is too short"),
         (['-s', 'a=h:1', '--deadline=soon'], "--deadline 'soon'"),
         (['-s', 'a=h:1', '--max-clients=0'], "--max-clients '0'"),
         (['-s', 'a=h:1', '--fall=0'], "--fall '0'"),
@@ -48,8 +64,11 @@ def run(*arguments: str, stdin: bytes = b'') -> subprocess.CompletedProcess[byte
         (['-s', 'a=h:1', '--frobnicate'], "'--frobnicate'"),
         (['-s', 'a=h:1', '-x'], "'-x'"),
         (['-s', 'a=h:1', 'word'], 'word'),
-        (['-s'], '-s'),
-        (['--listen'], '--listen'),
+        (['-s', 'a=h:1', '-d', '451', 'later'], 'quote values with blanks'),
+        (['-s', 'a=h:1', '--logging=yes'], '--logging must not have an argument'),
+        (['-s', 'a=h:1', '--s=x'], '--s is not a unique prefix'),
+        (['-s'], '-s requires argument'),
+        (['--listen'], '--listen requires argument'),
     ],
 )
 def test_a_mistake_ends_the_start_with_one_line_and_status_2(arguments: list[str], said: str) -> None:
@@ -73,6 +92,64 @@ def test_an_address_that_cannot_be_listened_on_ends_the_start_with_status_1() ->
         done = run('-s', 'a=h:1', f'--listen={where}')
         assert (done.returncode, done.stderr.decode().count('\n')) == (1, 1), done.stderr
         assert where in done.stderr.decode()
+
+
+def test_what_systemd_hands_over_is_checked(tmp_path: Path) -> None:
+    def start(*arguments: str, count: str = '1', service: str = 'a=h:1') -> tuple[int, bytes]:
+        code = 'import os,sys; os.environ["LISTEN_PID"]=str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])'
+        done = subprocess.run(
+            [sys.executable, '-c', code, sys.executable, str(MODULE), '-s', service, *arguments],
+            env={**os.environ, 'LISTEN_FDS': count}, capture_output=True, timeout=30,
+            pass_fds=[3], preexec_fn=lambda: os.dup2(handed.fileno(), 3),
+        )  # fmt: skip
+        return done.returncode, done.stderr
+
+    with (tmp_path / 'file').open('w') as handed:
+        status, said = start()
+        assert status == 1 and said.count(b'\n') == 1 and b'descriptor 3' in said
+        status, said = start(count='abc')
+        assert status == 2 and said.count(b'\n') == 1 and b"LISTEN_FDS 'abc'" in said
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handed:  # type: ignore[assignment]
+        assert start()[0] == 1
+    handed, theirs = socket.socketpair()  # type: ignore[assignment]
+    with handed, theirs:
+        status, said = start()
+        assert status == 1 and said.count(b'\n') == 1 and b'Accept=no' in said
+    with socket.create_server(('127.0.0.1', 0)) as handed:  # type: ignore[assignment]
+        where = f'127.0.0.1:{handed.getsockname()[1]}'  # type: ignore[attr-defined]
+        status, said = start(service=f'a={where}')
+        assert status == 2 and said.count(b'\n') == 1 and where.encode() in said and b'itself' in said
+
+
+def test_too_few_descriptors_for_the_listeners_are_one_line() -> None:
+    listens = [f'--listen=127.0.0.1:{free_port()}' for _ in range(16)]
+    command = ['prlimit', '--nofile=16', sys.executable, str(MODULE), '-s', 'a=h:1', *listens]
+    done = subprocess.run(command, capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr.count(b'\n')) == (1, 1) and b'--listen' in done.stderr, done.stderr
+
+
+def test_ctrl_c_ends_a_check_without_a_traceback() -> None:
+    with stubs(hang) as (a,):
+        command = [sys.executable, str(MODULE), '-s', a.service, '--check-services']
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            wait_until(lambda: a.requests)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=20)[1] == b''
+            assert process.returncode == -signal.SIGINT
+
+
+def test_a_start_that_has_neither_listeners_nor_a_client_says_so() -> None:
+    command = [sys.executable, str(MODULE), '-L', '-s', 'a=h:1']
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+    assert done.returncode == 0 and b'Without --listen' in done.stdout
+
+
+def test_without_syslog_a_pipe_s_log_goes_to_stderr() -> None:
+    if os.path.exists('/dev/log'):
+        pytest.skip('there is a /dev/log')
+    done = run('-s', f'a=127.0.0.1:{free_port()}', stdin=ONE % b'i' + b'nonsense\n\n')
+    assert done.stdout == b'action=dunno\n\n' * 2
+    assert b'No service is up' in done.stderr and b'given 1 times: not a request' in done.stderr
 
 
 def test_help_and_version() -> None:

@@ -28,7 +28,7 @@ def test_the_protocol_code_under_mutated_bytes() -> None:
     for _ in range(ROUNDS):
         with contextlib.suppress(InvalidAnswer):
             parse_answer(mutated(b'foo=bar\naction=DUNNO i1\n\n', chance), chance.random() < 0.5)
-        buffer.feed(mutated(whole, chance))
+        buffer.data += mutated(whole, chance)
         try:
             while (one := buffer.take() if buffer.data else None) is not None:
                 assert one.endswith(b'\n')

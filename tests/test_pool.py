@@ -20,7 +20,7 @@ from hapolicy_gevent import (
     Service,
     Statistics,
     StreamSink,
-    bind_unix,
+    bind_beside,
     parse_service,
 )
 from tests.support import (
@@ -289,9 +289,9 @@ def test_i7_instances_of_any_length_are_not_kept() -> None:
 
 def test_a_socket_left_by_a_dead_process_with_our_pid_is_no_obstacle(tmp_path: object) -> None:
     with socket.socket(socket.AF_UNIX) as left_over, socket.socket(socket.AF_UNIX) as sock:
-        left_over.bind(f'{tmp_path}/.{os.getpid()}')
-        bind_unix(sock, f'{tmp_path}/t', 0o600, False)
-        assert os.path.exists(f'{tmp_path}/t')
+        left_over.bind(f'{tmp_path}/.{os.getpid()}.{sock.fileno()}')
+        bind_beside(sock, f'{tmp_path}/t', 0o600, False)
+        assert os.stat(sock.getsockname()).st_mode & 0o777 == 0o600
 
 
 def quiet_log() -> Log:

@@ -63,7 +63,7 @@ def feed(pieces: Iterator[bytes]) -> tuple[list[bytes], int, str]:
     """Return the requests in these pieces, the bytes left over, and the error that ended it."""
     buffer, requests = RequestBuffer(), []
     for piece in pieces:
-        buffer.feed(piece)
+        buffer.data += piece
         try:
             while (request := buffer.take() if buffer.data else None) is not None:
                 requests.append(request)
@@ -160,7 +160,7 @@ def test_the_buffer_stays_bounded() -> None:
     buffer = RequestBuffer()
     with pytest.raises(ClientFault):
         for _ in range(1000):
-            buffer.feed(b'x' * 1000)
+            buffer.data += b'x' * 1000
             buffer.take()
     assert len(buffer.data) <= MAX_MESSAGE + 1000
 

@@ -45,7 +45,7 @@ def test_a_request_of_another_type_gets_the_default_and_nothing_leaks_into_the_n
         assert client.ask(b'\r\n') == '450 later'
         assert client.ask(b'request=smtpd_access_policy\ninstance=i\n\n') == 'DUNNO i A'
         assert a.requests == [b'request=smtpd_access_policy\ninstance=i\n\n']
-        wait_until(lambda: proxy.log.count('given: default, not a request') == 4)
+        wait_until(lambda: "Default action '450 later' given 4 times: not a request" in proxy.log, 15)
 
 
 def test_a_request_without_end_is_cut_off_and_memory_stays_bounded() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import re
 import signal
@@ -384,7 +383,8 @@ log = lambda level, text: lines.append(text)
 log.verbose = log.requests = False
 hapolicy.patch_sockets()
 hapolicy.report_errors(log)
-listener = hapolicy.open_listener(hapolicy.Address(socket.AF_INET, '127.0.0.1', %d), 0, False)
+listener = hapolicy.bind(hapolicy.Address(socket.AF_INET, '127.0.0.1', %d), 0, False)
+listener.listen()
 proxy = hapolicy.Proxy([hapolicy.parse_service('A=127.0.0.1:9')], b'dunno', 90, log)
 hapolicy.start_server(listener, Status(proxy, b'dunno', log).handle, 20)
 reader = socket.create_connection(listener.getsockname())
@@ -532,6 +532,22 @@ def test_a_taken_status_address_ends_the_start_and_reuse_port_shares_it() -> Non
             assert len(pids) == 2
 
 
+def test_a_replacement_that_cannot_start_leaves_the_old_process_its_listeners(tmp_path: Path) -> None:
+    path = tmp_path / 'policy'
+    with stubs(echo) as (a,), socket.create_server(('127.0.0.1', 0)) as taken:
+        arguments = ['-s', a.service, '--reuse-port', f'--listen=unix:{path}']
+        with ProxyProcess(*arguments) as old:
+            before = path.stat().st_ino
+            for more in (f'--status=127.0.0.1:{taken.getsockname()[1]}', '--listen=unix:/no/such/directory/s'):
+                done = run(*arguments, f'--listen=127.0.0.1:{old.port}', more)
+                assert done.returncode == 1, done
+                assert path.stat().st_ino == before and [*tmp_path.iterdir()] == [path]
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(str(path))
+                    client.sendall(b'request=smtpd_access_policy\ninstance=i\n\n')
+                    assert client.recv(100) == b'action=DUNNO i A\n\n'
+
+
 def test_a_process_that_is_replaced_leaves_the_status_to_the_new_one_at_once() -> None:
     with stubs(slow(3)) as (a,), StatusProxy('-s', a.service, '--reuse-port') as old:
         client = old.client()
@@ -559,9 +575,8 @@ def test_a_unix_socket_serves_the_status(tmp_path: Path) -> None:
 
 
 def test_the_documented_fields_are_those_that_are_there() -> None:
-    from hapolicy_gevent import Status
-
-    documented = set(re.findall(r'[a-z_0-9]+', Status.data.__doc__ or ''))
+    readme = (ROOT / 'README.md').read_text()
+    documented = set(re.findall(r'[a-z_0-9]+', readme.partition('`/status.json` has these fields')[2].split('```')[1]))
 
     def names(value: Any) -> set[str]:
         found = set(value)
@@ -573,5 +588,3 @@ def test_the_documented_fields_are_those_that_are_there() -> None:
     with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
         data = proxy.data()
     assert names(data) | names(data['services'][0]) <= documented
-    fields = (inspect.getdoc(Status.data) or '').partition('\n\n')[2]
-    assert fields in (ROOT / 'README.md').read_text(), 'README quotes them all'
