@@ -121,9 +121,13 @@ CONNECT_TIMEOUT = 5.0
 MAX_IDLE, IDLE_SECONDS = 20, 60.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
 MAX_AGE = 1000.0
-#: Seconds a service's very first connection must stay quiet after its answer before any is used again:
-#: a server that answers twice is found out before a stranger's request can meet the second answer.
+#: Seconds the first connection to a service must stay quiet after its answer before any is used again: a server that
+#: answers twice is found out before a stranger's request can meet the second answer. And a new one before it is
+#: asked, where there is reason to suspect that the service hangs up on it, or talks first.
 SETTLE = 0.05
+#: Seconds a connection waits for the lookup of its service's name before it takes the address of last time, and for one
+#: that is under way when it cannot connect there.
+LOOKUP, LOOKUP_LAST = 0.1, 1.0
 
 #: Seconds between probes of a down service: doubling from the first to the second, +-20 %.
 PROBE_FIRST, PROBE_LAST = 1.0, 30.0
@@ -139,9 +143,8 @@ MAX_INSTANCE = 128
 LINGER = 1.0
 #: Seconds that are no time to ask a service: a request's last ones are for its default action; the shortest --deadline.
 TOO_SHORT, MIN_DEADLINE = 0.005, 0.1
-#: Seconds a request waits for a service that grows, before it asks the next: one that is well grows in a few ms;
-#: and before it asks one again that hung up on one connection more: all of a burst are known then.
-PATIENCE, TURNED_AWAY = 0.1, 0.01
+#: Seconds a request waits for a service that grows, before it asks the next: one that is well grows in a few ms.
+PATIENCE = 0.1
 
 #: HTTP connections served at once, the seconds each may last, and bytes of a request's headers.
 STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
@@ -224,7 +227,7 @@ class ConnectionEnded(ServiceFailure):
 
 
 class TurnedAway(ServiceFailure):
-    """Nobody's: a service hung up on a new connection while others are served: it has no worker for one more."""
+    """Nobody's: a service hangs up on new connections, unasked, while others are served: it has no worker for more."""
 
 
 # ---------------------------------------------------------------------------
@@ -572,7 +575,7 @@ class Service:
         if self.clogged:
             self.clogged = False
             self.resize()
-        return '' if self.state is UP else self._turn(UP, 'answered again', now)
+        return '' if self.state is UP else self.turn(UP, 'answered again', now)
 
     def fail(self, reason: str, instance: bytes, slot: Slot, now: float) -> str:
         """Note a failed query and give the slot back; return what to log of a change of state, '' without one."""
@@ -593,17 +596,15 @@ class Service:
         return self._down(reason, now)
 
     def _down(self, reason: str, now: float) -> str:
-        if self.state is TRIAL:
-            self.backoff = min(PROBE_LAST, self.backoff * 2)
-        else:
-            self.backoff = PROBE_FIRST
+        if self.state is UP:
+            self.backoff = PROBE_FIRST / 2
+        self.probe_failed(now)
         if reason in (REFUSED, UNREACHABLE):
             self.learned, self.raise_wait = self.max, 0.0  # it may come back with more workers
-        self.probe_at = now + self.backoff * self.jitter()
         self.generation += 1
         self.in_flight = self.proven = 0
         times = f' {self.in_a_row} times in a row' if self.in_a_row > 1 else ''
-        return self._turn(DOWN, reason + times, now)
+        return self.turn(DOWN, reason + times, now)
 
     @staticmethod
     def jitter() -> float:
@@ -611,15 +612,12 @@ class Service:
         return 0.8 + 0.4 * os.urandom(1)[0] / 255
 
     def probe_failed(self, now: float) -> None:
-        """Note that a probe could not connect: wait twice as long for the next."""
+        """Note that a probe could not connect, or its trial failed: wait twice as long for the next."""
         self.backoff = min(PROBE_LAST, self.backoff * 2)
         self.probe_at = now + self.backoff * self.jitter()
 
-    def probe_connected(self, now: float) -> str:
-        """Note that a probe connected: on trial. Return what to log."""
-        return self._turn(TRIAL, 'a probe connected', now)
-
-    def _turn(self, state: str, why: str, now: float) -> str:
+    def turn(self, state: str, why: str, now: float) -> str:
+        """Change the state; return what to log."""
         lasted = f' ({UP if self.state is UP else DOWN} for {now - self.since:.1f}s)' if self.since else ''
         if UP in (state, self.state):  # all from the failure to the first answer is one outage
             self.since = now
@@ -631,15 +629,15 @@ class Service:
         self.resize()
         return f'[{self.name}] ({self.where}) is {state}: {why}{lasted}'
 
-    def starve(self, served: int, instance: bytes, now: float) -> str:
+    def starve(self, served: int, instance: bytes, now: float, sure: bool = False) -> str:
         """Note that a connection found no worker while `served` others were answered; return what to log.
 
         A prefork server serves as many connections as it has children; one more is accepted by the
-        kernel and never read, or closed. Asking it less is the cure, not taking it down. One message alone may be
-        slow or poisonous; the second within a minute is believed. Where none stays open nothing is said of how many.
+        kernel and never read, or closed. Asking it less is the cure, not taking it down. If it is not `sure`, as one
+        message may be slow, the second within a minute is believed. Where none stays open nothing is said of how many.
         """
-        alone = ((now - self.starved_at > RELEARN_FIRST and self.learned == self.max)
-                 or (instance != b'' and instance == self.starved_instance))  # fmt: skip
+        alone = not sure and ((now - self.starved_at > RELEARN_FIRST and self.learned == self.max)
+                              or (instance != b'' and instance == self.starved_instance))  # fmt: skip
         self.starved_at, self.starved_instance = now, instance
         if alone or not 0 < served < self.learned:  # of a burst, the first alone says something new
             return ''
@@ -725,7 +723,7 @@ class Balancer:
                stalled_too: bool = False) -> Service | None:  # fmt: skip
         """Return the service to ask, not one of `tried`; None if none has room.
 
-        A stalled service is chosen only when no other has room.
+        A stalled service is chosen only when all that are up have stalled.
         """
         if instance:
             bound = self._bound.get(instance)
@@ -740,7 +738,7 @@ class Balancer:
                 if now - service.quiet_since < service.stall or stalled_too or not service.stalled(now):
                     self.bind(instance, service)
                     return service
-        return None if stalled_too else self.choose(instance, tried, now, True)
+        return None if stalled_too or self.lively(tried, now) else self.choose(instance, tried, now, True)
 
     def bind(self, instance: bytes, service: Service) -> None:
         """Remember the service of a message, whose other requests are to go there."""
@@ -750,9 +748,13 @@ class Balancer:
             self._bound = dict(itertools.islice(self._bound.items(), MAX_INSTANCES, None))
         self._bound[instance] = service
 
-    def others(self, tried: Sequence[Service]) -> bool:
-        """Tell whether a service is worth waiting for: up, and not yet tried."""
-        return any(service.state is UP and service not in tried for service in self.services)
+    def others(self, tried: Sequence[Service]) -> list[Service]:
+        """Return the services that are worth waiting for: up, and not yet tried."""
+        return [service for service in self.services if service.state is UP and service not in tried]
+
+    def lively(self, tried: Sequence[Service], now: float) -> bool:
+        """Tell whether one of those has not stalled."""
+        return not all(service.stalled(now) for service in self.others(tried))
 
 
 # ---------------------------------------------------------------------------
@@ -1089,7 +1091,7 @@ def connect_failure(error: OSError) -> ServiceFailure:
         return ServiceFailure(REFUSED, str(error.strerror).lower())
     if isinstance(error, TimeoutError):
         return ServiceFailure(LATE, f'no connection within {CONNECT_TIMEOUT:g}s', connected=False)
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL):
         return ServiceFailure(DESCRIPTORS, error.strerror or str(error))
     return ServiceFailure(UNREACHABLE, error.strerror or str(error))
 
@@ -1105,6 +1107,7 @@ class HostName:
         self._known: list[tuple[int, Any]] = []  # families and socket addresses
         self._failed: set[tuple[int, Any]] = set()  # not connected to when last tried: asked last
         self._trouble = ''
+        self._began = 0.0  # the lookup (monotonic seconds)
         self._lookup: gevent.Greenlet[..., None] | None = None
 
     def _look_up(self) -> None:
@@ -1122,23 +1125,33 @@ class HostName:
     def connect(self) -> socket.socket:
         """Return a socket connected to the first address that takes it. Raises OSError."""
         if self._lookup is None or self._lookup.ready():
-            self._lookup = gevent.spawn(self._look_up)
-            self._lookup.join(PATIENCE)
-        if not self._known:
-            self._lookup.join()
-        if not self._known:
-            raise OSError(errno.EHOSTUNREACH, self._trouble)
-        *others, last = sorted(self._known, key=self._failed.__contains__)
-        for other in others:
-            with contextlib.suppress(OSError):
-                return self._try(other)
-        return self._try(last)
+            self._lookup, self._began = gevent.spawn(self._look_up), time.monotonic()
+        self._lookup.join(max(0.0, self._began + LOOKUP - time.monotonic()) if self._known else None)
+        known = self._known
+        try:
+            return self._connect(known)
+        except OSError:
+            self._lookup.join(LOOKUP_LAST)
+            if self._known == known:
+                raise
+            return self._connect(self._known)  # it has moved
 
-    def _try(self, address: tuple[int, Any]) -> socket.socket:
-        self._failed.add(address)  # also for who comes in the meantime
-        sock = connect(*address)
-        self._failed.discard(address)
-        return sock
+    def _connect(self, known: Sequence[tuple[int, Any]]) -> socket.socket:
+        failure = None if known else OSError(errno.EHOSTUNREACH, self._trouble)
+        for address in sorted(known, key=self._failed.__contains__):
+            try:
+                sock = connect(*address)
+            except BaseException as error:
+                self._failed.add(address)
+                if not isinstance(error, OSError):  # the query is over
+                    raise
+                # one that was too slow may be well: the mildest that can be said
+                failure = error if failure is None or isinstance(error, TimeoutError) else failure
+            else:
+                self._failed.discard(address)
+                return sock
+        assert failure is not None
+        raise failure
 
 
 class Connection(Wire):
@@ -1180,7 +1193,10 @@ class Connection(Wire):
             self.send(request)
             while (chunk := self.receive()) != b'':
                 if chunk:
+                    seen = len(data)
                     data += chunk
+                    if seen and not end_of_message(data, max(1, seen - 2)) and len(data) <= MAX_MESSAGE:
+                        continue  # all of one that drips is not to be read again at each drop
                     action = parse_answer(data)
                     if action is not None:
                         return action
@@ -1239,7 +1255,8 @@ class Pool:
         self.idle: list[Connection] = []  # the longest idle first
         self._open: set[Connection] = set()
         self._serial = self._newest_served = self._last_retired = 0
-        self._settled = False  # SETTLE has shown that the service answers once
+        self._settle = min(SETTLE, service.timeout / 4)
+        self._settled = False  # that has shown that the service answers once
         self._lying = False  # it sent what nobody asked for: no connection is used twice
 
     def open(self) -> Connection:
@@ -1256,13 +1273,27 @@ class Pool:
             self._log(INFO, f"Connection established to '{self.service.name}' ({self.service.where})")
         connection.spent = self._lying or serial <= self._last_retired
         self._open.add(connection)
+        if self._lying or self.service.state is TRIAL:
+            self._watch(connection)
         return connection
+
+    def _watch(self, connection: Connection) -> None:
+        """See that a new connection stays quiet before it is asked anything. Raises ServiceFailure."""
+        gevent.sleep(self._settle)
+        if not connection.poll(0):
+            return
+        said = self.spoiled(connection)
+        if said:
+            raise ServiceFailure(INVALID, f'{said} bytes before it was asked', connected=False)
+        if self.served():
+            raise TurnedAway(STARVED, 'it hangs up on one connection more', connected=False)
+        raise ServiceFailure(DROPPED, 'it hung up before it was asked', connected=False)
 
     def _take(self, preferred: Connection | None) -> Connection | None:
         """Return an idle connection that is quiet, the preferred one if it is idle here."""
-        if self.idle and not self._settled:
-            gevent.sleep(self.idle[-1].idle_since + min(SETTLE, self.service.timeout / 4) - time.monotonic())
-            self._settled = self._settled or bool(self.idle)  # if it did not go down, or answer twice, meanwhile
+        while self.idle and not self._settled:
+            gevent.sleep(self._settle / 10)  # it may hang up, answer twice or go down meanwhile
+            self._settled = bool(self.idle) and time.monotonic() - self.idle[0].idle_since >= self._settle
         while self.idle:
             if preferred is not None and preferred in self.idle:
                 self.idle.remove(preferred)
@@ -1290,12 +1321,14 @@ class Pool:
             try:
                 return connection.exchange(request), connection
             except ConnectionEnded:
-                if not connection.used:
+                used = connection.used  # normal: many servers hang up after so many answers or so much idle time
+                if not used and not self.served():
                     raise
-                # normal: many servers hang up after so many answers or so much idle time
-                self._queue.statistics.retries += 1
                 self.discard(connection)
                 connection = self.open()
+                if not used:
+                    self._watch(connection)  # what hangs up on this, too, is not the message's doing
+                self._queue.statistics.retries += 1
                 return connection.exchange(request), connection
         except BaseException as error:
             if connection is not None:
@@ -1303,8 +1336,6 @@ class Pool:
             if error is timeout:
                 timeout.__traceback__ = None  # it would keep the request until the next time
                 raise self._late(connection, slot, timeout.seconds, fair) from None
-            if isinstance(error, ConnectionEnded) and self.served():
-                raise TurnedAway(STARVED, 'it hung up on one connection more', connected=False) from None
             raise
         finally:
             stop()
@@ -1337,11 +1368,11 @@ class Pool:
             self._queue.hand_over(self.service)
 
     def served(self) -> int:
-        """Return how many of the open connections were answered."""
-        return sum(1 for connection in self._open if connection.used)
+        """Return how many of the open connections were answered since it was down."""
+        return sum(1 for connection in self._open if connection.used and connection.serial > self._last_retired)
 
-    def spoiled(self, connection: Connection) -> None:
-        """Close a connection that became readable while nobody had asked anything."""
+    def spoiled(self, connection: Connection) -> int:
+        """Close a connection that became readable while nobody had asked anything; return how many bytes came."""
         try:
             surplus = connection.socket.recv(RECEIVE)
         except OSError:
@@ -1349,6 +1380,7 @@ class Pool:
         self.discard(connection)
         if surplus:
             self.distrust(f'{len(surplus)} bytes that nobody asked for')
+        return len(surplus)
 
     def _warn(self, text: str) -> None:
         self._log(WARNING, f'[{self.service.name}] ({self.service.where}) {text}')
@@ -1367,6 +1399,8 @@ class Pool:
             if connection in self.idle:
                 self.idle.remove(connection)
             connection.close()
+            if not self._open:  # it may have been restarted, or have moved, and be another one now
+                self._settled = False
 
     def forget(self) -> None:
         """Start anew: the service went down, and may come back mended. What is open says nothing of it then."""
@@ -1400,9 +1434,8 @@ class Pool:
 class Waiter:
     """A request that waits for a slot, of `only` or of any service but those tried."""
 
-    def __init__(self, only: Service | None, tried: Sequence[Service]) -> None:
-        self._only, self._tried = only, tried
-        self.since = time.monotonic()
+    def __init__(self, only: Service | None, tried: Sequence[Service], since: float) -> None:
+        self._only, self._tried, self.since = only, tried, since
         self.handed: gevent.event.AsyncResult[Slot | None] = gevent.event.AsyncResult()
 
     def takes(self, service: Service) -> bool:
@@ -1421,9 +1454,9 @@ class Queue:
         """Return for how many seconds the first has waited."""
         return time.monotonic() - self.waiters[0].since if self.waiters else 0.0
 
-    def wait(self, only: Service | None, tried: Sequence[Service], seconds: float) -> Slot | None:
-        """Return a slot; None when it is time to choose again, or after so many seconds."""
-        waiter = Waiter(only, tried)
+    def wait(self, only: Service | None, tried: Sequence[Service], since: float, seconds: float) -> Slot | None:
+        """Return a slot for who waits since then; None when it is time to choose again, or after so many seconds."""
+        waiter = Waiter(only, tried, since)
         self.waiters.append(waiter)
         if only is not None:
             only.waiting += 1
@@ -1448,7 +1481,7 @@ class Queue:
     def hand_over(self, service: Service) -> None:
         """Give each slot that is free to the first who waits for one of this service."""
         for waiter in list(self.waiters):
-            if service.in_flight >= service.limit:
+            if service.in_flight >= service.limit or service.stalled(time.monotonic()):
                 return
             if waiter.takes(service):
                 self.waiters.remove(waiter)
@@ -1624,8 +1657,7 @@ class Proxy:
                 action = self._query(slot, request, instance, client, tried, deadline)
             except ServiceFailure as caught:
                 if isinstance(caught, TurnedAway) and failure is None:
-                    gevent.sleep(TURNED_AWAY)  # then it waits for one that is served, or finds it free
-                    tried.remove(slot[0])
+                    tried.remove(slot[0])  # it waits for one that is served now
                 failure, now = caught, time.monotonic()
                 continue
             self.statistics.answers += 1
@@ -1640,17 +1672,17 @@ class Proxy:
 
     def _wait(self, service: Service | None, instance: bytes, tried: Sequence[Service], deadline: float) -> Slot | None:
         """Return a slot of this service, which has none now, or of another; None if none is to be had in time."""
-        passed = tried
+        passed, since = tried, time.monotonic()
         while (now := time.monotonic()) < deadline:
             if service is not None:
                 if service.in_flight < service.limit:
                     return service.begin(now)
                 # one that still grows is waited for alone for a moment, or its share would go to the others
                 passed = [*passed, service]
-                slot = self.queue.wait(service, tried, min(PATIENCE, deadline - now))
+                slot = self.queue.wait(service, tried, since, min(PATIENCE, deadline - now))
             elif self.balancer.others(tried):
                 passed = tried
-                slot = self.queue.wait(None, tried, deadline - now)
+                slot = self.queue.wait(None, tried, since, deadline - now)
             else:
                 return None
             if slot is not None:
@@ -1658,7 +1690,9 @@ class Proxy:
                 return slot
             if service is not None:
                 service.clog()
-            service = self.balancer.choose(instance, passed, time.monotonic())
+            service = self.balancer.choose(instance, passed, now := time.monotonic())
+            if service is not None and service.stalled(now) and self.balancer.lively(tried, now):
+                service = None  # those that were passed are the better choice
         return None
 
     def _query(self, slot: Slot, request: bytes, instance: bytes,
@@ -1677,16 +1711,13 @@ class Proxy:
             client.timeout = QueryTimeout(seconds)
         try:
             action, connection = pool.ask(request, slot, preferred, client.timeout, fair)
-        except ServiceFailure as failure:
-            self._failed(slot, failure, instance)
-            raise
         except ClientFault:
             self.queue.free(slot)
             raise
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
-            internal = ServiceFailure(INTERNAL, repr(error))
-            self._failed(slot, internal, instance)
-            raise internal from error
+            failure = error if isinstance(error, ServiceFailure) else ServiceFailure(INTERNAL, repr(error))
+            self._failed(slot, failure, instance)
+            raise failure from None
         now, gone = time.monotonic(), client.ended
         client.answer(action)  # first: what follows would be a tenth of the latency that we add
         client.instance, client.connection = instance, connection
@@ -1702,8 +1733,10 @@ class Proxy:
         self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
                   f' instance: {printable(instance)}')  # fmt: skip
         now = time.monotonic()
-        if failure.reason is STARVED and (advice := service.starve(self.pools[service].served(), instance, now)):
-            self._log(WARNING, advice)
+        if failure.reason is STARVED:
+            served, sure = self.pools[service].served(), isinstance(failure, TurnedAway)
+            if advice := service.starve(served, instance, now, sure):
+                self._log(WARNING, advice)
         message = instance if failure.connected else b''
         self._note(service, service.fail(failure.reason, message, slot, now))
         self.queue.hand_over(service)
@@ -1799,7 +1832,7 @@ class Proxy:
             except Exception:
                 service.probe_failed(time.monotonic())
             else:
-                self._note(service, service.probe_connected(time.monotonic()))
+                self._note(service, service.turn(TRIAL, 'a probe connected', time.monotonic()))
 
     def _keep(self) -> None:
         while True:

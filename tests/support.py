@@ -325,7 +325,9 @@ class ProxyProcess:
 
     def logged(self, text: str, seconds: float = 10) -> None:
         """Wait until the log holds `text`."""
-        wait_until(lambda: text in self.log, seconds, f'{text!r} in the log:\n{self.log[-2000:]}')
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: text in self.log, seconds)
+        assert text in self.log, f'{text!r} not within {seconds}s in the log:\n{self.log[-2000:]}'
 
     def client(self, seconds: float = 30) -> PostfixClient:
         """Connect as Postfix does."""

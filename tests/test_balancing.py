@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from hapolicy_gevent import DOWN, MAX_INSTANCES, REFUSED, UP, Address, Balancer, Service
+from hapolicy_gevent import DOWN, MAX_INSTANCES, REFUSED, TRIAL, UP, Address, Balancer, Service
 
 ADDRESS = Address(0, 'h', 1)
 
@@ -112,6 +112,6 @@ def test_a_service_that_returns_gets_no_burst() -> None:
     a.fail(REFUSED, b'', a.begin(0), 0)
     balancer.lay_out(a)
     assert [turn(balancer) for _ in range(100)] == ['b'] * 100
-    a.probe_connected(1)
+    a.turn(TRIAL, 'a probe connected', 1)
     balancer.lay_out(a)
     assert Counter(turn(balancer) for _ in range(10)) == {'a': 5, 'b': 5}

@@ -21,6 +21,7 @@ import pytest
 from tests.support import (
     MODULE,
     SCALE,
+    HangUp,
     Peer,
     PolicyServerStub,
     PostfixClient,
@@ -624,3 +625,67 @@ def test_soak() -> None:
         half = len(levels) // 2
         early, late = max(memory for _, memory in levels[:half]), max(memory for _, memory in levels[half:])
         assert late < early * 1.25 + 5e6, f'memory grew from {early} to {late}'
+
+
+def test_a_stalled_server_gets_nothing_while_another_is_busy() -> None:
+    hangs = threading.Event()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if hangs.is_set():
+            peer.hang()
+        time.sleep(0.2)
+        echo(peer, message)
+
+    with stubs(behave, slow(0.2)) as (a, b):
+        with ProxyProcess('-s', a.service + ':::60', '-s', b.service + ':::60', '--stall=2') as proxy:
+
+            def work(_: int) -> list[str]:
+                with proxy.client() as client:
+                    return [client.ask_own() for _ in range(4)]
+
+            in_threads(12, work)
+            hangs.set()
+            early = [proxy.client() for _ in range(6)]
+            for client in early:
+                client.send(request(instance=new_instance()))
+            proxy.logged('is stalled')
+            asked = len(a.requests)
+            assert {action for actions in in_threads(40, work) for action in actions} == {'B'}
+            assert len(a.requests) == asked
+
+
+def test_one_that_hangs_up_on_trial_goes_down_although_old_connections_hang() -> None:
+    mode = ['answers']
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if mode[0] == 'answers':
+            echo(peer, message)
+        elif mode[0] == 'hangs':
+            peer.hang()
+        else:
+            raise HangUp
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::6', '--stall=600') as proxy:
+
+        def work(_: int) -> None:
+            with proxy.client() as client:
+                for _ in range(20):
+                    client.ask_own()
+
+        for _ in range(2):
+            in_threads(8, work)
+            time.sleep(0.2)
+        mode[0] = 'hangs'
+        clients, asked = [proxy.client() for _ in range(6)], len(a.requests)
+        for client in clients[:2]:
+            client.send(request(instance=new_instance()))
+        time.sleep(4)
+        for client in clients[2:]:
+            client.send(request(instance=new_instance()))
+        wait_until(lambda: len(a.requests) == asked + 6)
+        mode[0] = 'hangs up'
+        proxy.logged('is down: timeout 2 times')
+        proxy.logged('is trial')
+        with proxy.client() as client:
+            assert client.ask_own() == 'default'
+            proxy.logged('is down: dropped')

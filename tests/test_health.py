@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 
 import pytest
@@ -27,6 +28,7 @@ from hapolicy_gevent import (
     Balancer,
     Service,
     Slot,
+    connect_failure,
 )
 
 
@@ -75,7 +77,7 @@ def test_one_message_that_is_always_late_takes_no_service_down_but_ends_a_trial(
     for _ in range(10):
         assert fail(one, LATE, instance=b'poison') == ''
     assert 'is down' in fail(one, LATE, instance=b'another')
-    one.probe_connected(1)
+    one.turn(TRIAL, 'a probe connected', 1)
     assert 'is down' in fail(one, LATE, 1, instance=b'another'), 'to wait once more would be too dear'
 
 
@@ -94,7 +96,7 @@ def test_what_a_trial_brings_is_no_answer_to_those_from_before_it() -> None:
     one = service()
     old = one.begin(0)
     fail(one, REFUSED, 1)
-    one.probe_connected(2)
+    one.turn(TRIAL, 'a probe connected', 2)
     one.begin(3)
     assert not one.answered_since(old)
 
@@ -118,7 +120,7 @@ def test_on_trial_it_gets_one_request_at_a_time_until_one_is_answered() -> None:
     balancer = Balancer([one])
     fail(one, REFUSED)
     assert balancer.choose(b'', (), 0) is None
-    assert 'trial' in one.probe_connected(1)
+    assert 'trial' in one.turn(TRIAL, 'a probe connected', 1)
     assert balancer.choose(b'', (), 1) is one
     slot = one.begin(1)
     assert balancer.choose(b'', (), 1) is None
@@ -131,7 +133,7 @@ def test_a_failed_trial_waits_twice_as_long_for_the_next_probe() -> None:
     one = service()
     fail(one, REFUSED, 0)
     for wanted in (2, 4, 8):
-        one.probe_connected(10)
+        one.turn(TRIAL, 'a probe connected', 10)
         assert 'is down' in fail(one, LATE, 10)
         assert 0.799 * wanted <= one.probe_at - 10 <= 1.201 * wanted
 
@@ -140,7 +142,7 @@ def test_what_was_in_flight_when_it_went_down_no_longer_counts() -> None:
     one = service()
     old = [one.begin(0) for _ in range(5)]
     fail(one, REFUSED, 1)
-    one.probe_connected(2)
+    one.turn(TRIAL, 'a probe connected', 2)
     for slot in old[:3]:
         assert one.fail(LATE, b'', slot, 3) == ''
     assert one.answered(old[3], b'dunno', 3) == ''
@@ -234,7 +236,10 @@ class Model(RuleBasedStateMachine):
         self.count += not same
         chosen = self.balancer.choose(b'%d' % self.count, (), self.now)
         if chosen is None:
-            assert all(one.in_flight >= one.cap for one in self.services), 'a request found no room although there was'
+            lively = self.balancer.lively((), self.now)
+            assert all(one.in_flight >= one.cap or (lively and one.stalled(self.now)) for one in self.services), (
+                'a request found no room although there was'
+            )
         elif chosen.in_flight < chosen.limit:
             assert chosen.state is not DOWN
             self.flying.append(chosen.begin(self.now))
@@ -271,7 +276,7 @@ class Model(RuleBasedStateMachine):
         for one in self.services:
             if one.state is DOWN and one.probe_at <= self.now:
                 if connects:
-                    self.note(one, one.probe_connected(self.now))
+                    self.note(one, one.turn(TRIAL, 'a probe connected', self.now))
                 else:
                     one.probe_failed(self.now)
             one.relearn(self.now)
@@ -311,3 +316,7 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+
+
+def test_where_our_own_ports_are_used_up_it_is_no_failure_of_the_service() -> None:
+    assert connect_failure(OSError(errno.EADDRNOTAVAIL, 'Cannot assign requested address')).reason == DESCRIPTORS

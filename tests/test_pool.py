@@ -10,6 +10,7 @@ import time
 import gevent
 import pytest
 
+import hapolicy_gevent
 from hapolicy_gevent import (
     SETTLE,
     Log,
@@ -25,6 +26,7 @@ from hapolicy_gevent import (
 )
 from tests.support import (
     Behaviour,
+    HangUp,
     Peer,
     PolicyServerStub,
     PostfixClient,
@@ -94,14 +96,24 @@ def test_i2_a_second_answer_is_found_before_a_waiting_request_takes_the_connecti
 
 
 class FewAtATime(PolicyServerStub):
-    """Hangs up at once on connections beyond five, as xinetd's `instances` or systemd's `MaxConnections` do."""
+    """Hangs up at once on connections beyond so many, as xinetd's `instances` or systemd's `MaxConnections` do."""
+
+    def __init__(self, behaviour: Behaviour, limit: int = 5) -> None:
+        self._lock = threading.Lock()
+        self._free = limit
+        super().__init__(behaviour)
 
     def _serve(self, peer: Peer) -> None:
-        if self.open > 5:
+        with self._lock:
+            self._free -= 1
+            full = self._free < 0
+        if full:
             peer.closed.set()
             peer.sock.close()
         else:
             super()._serve(peer)
+        with self._lock:
+            self._free += 1
 
 
 def test_a_server_that_hangs_up_on_more_connections_stays_up_and_every_request_is_answered() -> None:
@@ -114,6 +126,107 @@ def test_a_server_that_hangs_up_on_more_connections_stays_up_and_every_request_i
         assert {action for actions in in_threads(20, work) for action in actions} == {'A'}
         proxy.logged('seems to serve no more than ')
         assert 'is down' not in proxy.log
+
+
+@pytest.mark.parametrize('seconds', [0.2, 1])
+def test_one_client_more_than_a_server_that_hangs_up_has_room_for_is_answered(seconds: float) -> None:
+    with FewAtATime(slow(seconds)) as a, ProxyProcess('-s', a.service) as proxy:
+
+        def work(_: int) -> list[str]:
+            with proxy.client() as client:
+                return [client.ask_own() for _ in range(3)]
+
+        for clients in (5, 5, 6):
+            assert {action for actions in in_threads(clients, work) for action in actions} == {'A'}
+        proxy.logged('seems to serve no more than 5 connections')
+
+
+def test_messages_that_kill_their_worker_teach_no_limit_of_connections() -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        if b'sender=poison' in message:
+            raise HangUp
+        time.sleep(0.2)
+        echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+
+        def work(_: int) -> list[str]:
+            with proxy.client() as one:
+                return [one.ask_own() for _ in range(3)]
+
+        in_threads(8, work)
+        for _ in range(4):
+            asked = len(a.requests)
+            assert client.ask(request(sender='poison', instance=new_instance())) == 'dunno'
+            assert len(a.requests) - asked == 2, 'a connection that had ended, for all we know, and a new one'
+            assert client.ask_own() == 'A'
+        assert 'seems to serve' not in proxy.log and 'is down' not in proxy.log
+        began = time.monotonic()
+        assert {action for actions in in_threads(24, work) for action in actions} == {'A'}
+        assert time.monotonic() - began < 6
+
+
+class Greeter(PolicyServerStub):
+    """Says something before it is asked."""
+
+    def _serve(self, peer: Peer) -> None:
+        peer.send(b'action=OK greeting\n\n')
+        super()._serve(peer)
+
+
+def test_a_server_that_talks_first_is_found_out_and_gets_no_requests() -> None:
+    with Greeter(echo, 'G') as g, stubs(echo) as (a,):
+        with ProxyProcess('-s', g.service + ':1', '-s', a.service, '--fall=3') as proxy, proxy.client() as client:
+            client.ask(request())  # nothing tells what came first from an answer
+            time.sleep(2 * SETTLE)
+            assert [client.ask_own() for _ in range(10)] == ['A'] * 10
+            proxy.logged('G] (' + g.service[2:] + ') is trial')
+            assert client.ask_own() == 'A'
+            proxy.logged(') is down: invalid 4 times in a row')
+            assert len(g.requests) == 1
+
+
+def twice(peer: Peer, message: bytes) -> None:
+    echo(peer, message)
+    time.sleep(0.015)
+    echo(peer, message)
+
+
+def test_a_server_is_watched_again_once_all_its_connections_have_ended() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        for _ in range(3):
+            assert client.ask_own() == 'A'
+            time.sleep(2 * SETTLE)
+        a.stop()
+        a.behaviour = twice
+        a.start()
+        time.sleep(SETTLE)
+        for _ in range(10):
+            instance = new_instance()
+            assert instance in client.ask(request(instance=instance))
+            time.sleep(0.005)
+        assert 'is down' not in proxy.log
+
+
+def test_an_answer_that_drips_is_not_read_again_at_each_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drip(peer: Peer, message: bytes) -> None:
+        peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in b'x: y\n\r\r\n' * 20 + b'action=DUNNO\n\r\n':
+            peer.send(bytes([byte]))
+            time.sleep(0.0005)
+
+    read, original = [], hapolicy_gevent.parse_answer
+
+    def parse(data: bytes, closed: bool = False) -> bytes | None:
+        read.append(data)
+        return original(data, closed)
+
+    monkeypatch.setattr(hapolicy_gevent, 'parse_answer', parse)
+    with stubs(drip) as (a,):
+        connection = Pool(parse_service(a.service), Queue(Statistics()), quiet_log()).open()
+        assert connection.exchange(b'request=smtpd_access_policy\n\n') == b'DUNNO'
+        connection.close()
+    assert len(read) < 10
 
 
 def test_a_timeout_shorter_than_the_look_for_a_second_answer_is_enough() -> None:

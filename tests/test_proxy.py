@@ -8,6 +8,7 @@ import resource
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.support import (
     ProxyProcess,
     attributes,
     echo,
+    free_port,
     hang,
     in_threads,
     new_instance,
@@ -174,11 +176,11 @@ def test_with_the_default_of_max_clients_descriptors_suffice() -> None:
         with ProxyProcess('-s', a.service, before=('prlimit', '--nofile=200:200')) as proxy:
             clients = [proxy.client() for _ in range(150)]
             assert [client.ask_own() for client in clients[:60]] == ['A'] * 60
+            proxy.logged('more wait in the backlog')
             for client in clients[:90]:
                 client.close()
             assert [client.ask_own() for client in clients[90:]] == ['A'] * 60
             assert 'Cannot accept' not in proxy.log
-            proxy.logged('more wait in the backlog')
 
 
 def test_max_clients_more_wait_and_are_served_as_others_leave() -> None:
@@ -357,13 +359,16 @@ def getaddrinfo(host, port, *args, **kwargs):
         raise _socket.gaierror(-3, 'Temporary failure in name resolution')
     if how == 'hangs':
         time.sleep(600)
-    return [(_socket.AF_INET, _socket.SOCK_STREAM, 6, '', (address, port)) for address in how.split()]
+    delay, _, how = how.rpartition('s later: ')
+    time.sleep(float(delay or 0))
+    return [(_socket.AF_INET6 if ':' in address else _socket.AF_INET, _socket.SOCK_STREAM, 6, '', (address, port))
+            for address in how.split()]
 _socket.getaddrinfo = getaddrinfo
 """
 
 
 class NameServer:
-    """Tells a proxy with this environment where hosts are: the addresses written, or 'fails' or 'hangs'."""
+    """Tells a proxy with this environment where hosts are: addresses ('0.3s later: ' before them), 'fails', 'hangs'."""
 
     def __init__(self, folder: Path) -> None:
         (folder / 'sitecustomize.py').write_text(NAME_SERVER.format(str(folder / 'names')))
@@ -403,21 +408,91 @@ def test_names_that_hang_do_not_hinder_other_names(tmp_path: Path) -> None:
             assert in_threads(40, ask) == ['A'] * 40
 
 
-def test_an_address_of_a_name_that_is_not_connected_to_is_tried_last(tmp_path: Path) -> None:
-    names = NameServer(tmp_path)
-    with stubs(answer_and_hang_up) as (a,), socket.socket() as deaf, contextlib.ExitStack() as full:
-        deaf.bind(('127.0.0.3', a.port))
-        deaf.listen(0)
+@contextlib.contextmanager
+def deaf(host: str, port: int = 0) -> Iterator[int]:
+    """Listen where no connection is accepted, nor refused; yield the port."""
+    with socket.socket() as listener, contextlib.ExitStack() as full:
+        listener.bind((host, port))
+        listener.listen(0)
         for _ in range(3):  # what comes after them is not even refused
             sock = full.enter_context(socket.socket())
             sock.setblocking(False)
-            sock.connect_ex(deaf.getsockname())
+            sock.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_an_address_of_a_name_that_is_not_connected_to_is_tried_last(tmp_path: Path) -> None:
+    names = NameServer(tmp_path)
+    with stubs(answer_and_hang_up) as (a,), deaf('127.0.0.3', a.port):
         names.write('127.0.0.3 127.0.0.1')
         with (ProxyProcess('-s', f'A=x:{a.port}:::1', environment=names.environment) as proxy,
               proxy.client() as client):  # fmt: skip
             client.ask(request())  # its time goes by
             assert [client.ask_own() for _ in range(5)] == ['A'] * 5
             assert proxy.log.count(') failed: ') == 1
+
+
+def test_a_burst_goes_to_the_first_address_of_a_name_and_not_to_a_deaf_second(tmp_path: Path) -> None:
+    names = NameServer(tmp_path)
+    with stubs(slow(0.02)) as (a,), deaf('127.0.0.3', a.port):
+        names.write('127.0.0.1 127.0.0.3')
+        with ProxyProcess('-s', f'A=x:{a.port}:::3', environment=names.environment) as proxy:
+
+            def work(_: int) -> list[str]:
+                with proxy.client() as client:
+                    return [client.ask_own() for _ in range(20)]
+
+            assert {action for actions in in_threads(16, work) for action in actions} == {'A'}
+            assert ') failed: ' not in proxy.log
+
+
+def test_of_two_addresses_that_fail_the_one_that_may_be_well_decides(tmp_path: Path) -> None:
+    names = NameServer(tmp_path)
+    names.write('2001:db8::1 127.0.0.3 2001:db8::1')
+    with (deaf('127.0.0.3') as port, ProxyProcess('-s', f'A=x:{port}', environment=names.environment) as proxy,
+          proxy.client() as client):  # fmt: skip
+        assert client.ask_own() == 'default'
+        assert 'failed: timeout' in proxy.log and 'is down' not in proxy.log
+
+
+class At(PolicyServerStub):
+    """A server at another address of the loopback."""
+
+    def __init__(self, host: str, name: str, port: int) -> None:
+        self.host = host
+        super().__init__(echo, name, port)
+
+    def start(self) -> None:
+        self._listener = socket.create_server((self.host, self.port), backlog=100)
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+
+@pytest.mark.parametrize('delay', ['', '0.01s later: ', '0.3s later: '])
+def test_a_name_that_moves_under_load_costs_no_request(tmp_path: Path, delay: str) -> None:
+    names, port = NameServer(tmp_path), free_port()
+    names.write(delay + '127.0.0.2')
+    with At('127.0.0.2', 'OLD', port) as old, At('127.0.0.1', 'NEW', port):
+        with ProxyProcess('-s', f'A=x:{port}', environment=names.environment) as proxy:
+
+            def work(_: int) -> list[str]:
+                answers, end = [], time.monotonic() + 3
+                with proxy.client() as client:
+                    while time.monotonic() < end:
+                        answers.append(client.ask_own())
+                        time.sleep(0.02)
+                return answers
+
+            def move() -> None:
+                time.sleep(1)
+                names.write(delay + '127.0.0.1')
+                time.sleep(0.5)
+                old.stop()
+
+            mover = threading.Thread(target=move)
+            mover.start()
+            assert {action for actions in in_threads(8, work) for action in actions} == {'OLD', 'NEW'}
+            mover.join()
+            assert 'is down' not in proxy.log
 
 
 def test_a_unix_server_with_a_full_backlog_costs_no_processor(tmp_path: object) -> None:
