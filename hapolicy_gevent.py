@@ -148,8 +148,8 @@ PATIENCE = 0.1
 
 #: HTTP connections served at once, the seconds each may last, and bytes of a request's headers.
 STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
-#: Seconds and bytes for which a client is read that has its answer, and more to send.
-STATUS_LINGER, STATUS_UNREAD = 0.3, 131072
+#: Seconds for which a client is read that has its answer, and more to send; and between two pieces of that.
+STATUS_LINGER, STATUS_PAUSE = 0.3, 0.02
 #: Seconds for which what was built for one is given to others too.
 STATUS_FRESH = 0.25
 #: Seconds between two samples of the counters, and how many are kept: ten minutes.
@@ -1023,14 +1023,7 @@ class Wire:
         SWITCH_TO(self._hub)  # who catches what is thrown in here must close this connection: _waits is still set
         recv = self._recv  # called as self._recv() it is looked for as a method first, at full length
         try:
-            return recv(RECEIVE)  # as receive_now(), without the call
-        except BlockingIOError:
-            return None
-
-    def receive_now(self) -> bytes | None:
-        """Return what is there to receive, b'' at the end, None if there is nothing. Raises OSError."""
-        try:
-            return self._recv(RECEIVE)
+            return recv(RECEIVE)
         except BlockingIOError:
             return None
 
@@ -1050,6 +1043,8 @@ class Wire:
             gevent.socket.wait_write(self.socket.fileno())
             with contextlib.suppress(BlockingIOError):
                 data = data[self._send(data) :]
+        if not self._watcher.active:
+            self._watcher.start(self._readable)  # what came meanwhile is to be received
 
     def close(self) -> None:
         """Close the socket and free its watcher; more than once does no harm."""
@@ -1178,11 +1173,6 @@ class Connection(Wire):
         else:
             self._watcher.stop()  # still sending
 
-    def send_slowly(self, data: bytes) -> None:
-        super().send_slowly(data)
-        if not self._watcher.active:
-            self._watcher.start(self._readable)  # for exchange() to receive it
-
     def exchange(self, request: bytes) -> bytes:
         """Send a request and return the action of its answer.
 
@@ -1271,10 +1261,8 @@ class Pool:
             raise connect_failure(error) from None
         if self._log.verbose:
             self._log(INFO, f"Connection established to '{self.service.name}' ({self.service.where})")
-        connection.spent = self._lying or serial <= self._last_retired
+        connection.spent = self._lying
         self._open.add(connection)
-        if self._lying or self.service.state is TRIAL:
-            self._watch(connection)
         return connection
 
     def _watch(self, connection: Connection) -> None:
@@ -1282,8 +1270,7 @@ class Pool:
         gevent.sleep(self._settle)
         if not connection.poll(0):
             return
-        said = self.spoiled(connection)
-        if said:
+        if said := self.spoiled(connection):
             raise ServiceFailure(INVALID, f'{said} bytes before it was asked', connected=False)
         if self.served():
             raise TurnedAway(STARVED, 'it hangs up on one connection more', connected=False)
@@ -1316,7 +1303,11 @@ class Pool:
         again, stop, user = timeout.again, timeout.stop, getcurrent()
         again(user.throw, timeout)
         try:
-            connection = self._take(preferred) or self.open()
+            connection = self._take(preferred)
+            if connection is None:
+                connection = self.open()
+                if self._lying or self.service.state is TRIAL:
+                    self._watch(connection)
             connection.user = user
             try:
                 return connection.exchange(request), connection
@@ -1359,7 +1350,7 @@ class Pool:
             connection.used = True
             self._newest_served = max(self._newest_served, connection.serial)
             self.service.prove(slot, self.served())
-        if reuse and not connection.spent:
+        if reuse and not connection.spent and connection.serial > self._last_retired and now < connection.expires:
             connection.idle_since = now
             self.idle.append(connection)
         else:
@@ -1410,25 +1401,15 @@ class Pool:
     def renew(self) -> None:
         """Close all that are idle, those in use after their answer, and so those that are being opened."""
         self._last_retired = self._serial
-        for connection in list(self._open):
-            self.retire(connection)
-
-    def retire(self, connection: Connection) -> None:
-        """Close a connection, after its answer if it is in use."""
-        connection.spent = True
-        if connection in self.idle:
-            self.discard(connection)
+        while self.idle:
+            self.discard(self.idle[0])
 
     def prune(self, now: float) -> None:
         """Close what has been idle for too long, those too many that a burst left behind, and what is too old."""
-        for connection in list(self._open):
-            if now >= connection.expires:
-                self.retire(connection)
-        while self.idle:
-            idle = now - self.idle[0].idle_since
-            if idle < IDLE_SECONDS and (len(self.idle) <= MAX_IDLE or idle < 1):
-                break
-            self.discard(self.idle[0])
+        for connection in list(self.idle):
+            idle = now - connection.idle_since
+            if idle >= (1 if len(self.idle) > MAX_IDLE else IDLE_SECONDS) or now >= connection.expires:
+                self.discard(connection)
 
 
 class Waiter:
@@ -1449,10 +1430,6 @@ class Queue:
     def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
         self.waiters: deque[Waiter] = deque()
-
-    def waited(self) -> float:
-        """Return for how many seconds the first has waited."""
-        return time.monotonic() - self.waiters[0].since if self.waiters else 0.0
 
     def wait(self, only: Service | None, tried: Sequence[Service], since: float, seconds: float) -> Slot | None:
         """Return a slot for who waits since then; None when it is time to choose again, or after so many seconds."""
@@ -1521,7 +1498,9 @@ class Client(Wire):
     def unexpected(self) -> None:
         # a request is under way: pipelined bytes, half a close, or a reset
         try:
-            self._take_in(self.receive_now())
+            self._take_in(self._recv(RECEIVE))
+        except BlockingIOError:
+            pass
         except OSError:
             self._watcher.stop()
             self.user.throw(ClientFault(RESET))  # wherever it waits: for a service, most likely
@@ -1599,10 +1578,6 @@ class Client(Wire):
             self.unsent = b''
         if self.closing and not self._buffer.data and not self.ended:
             self._end()
-
-    def close(self) -> None:
-        super().close()
-        self.timeout.close()
 
     def _end(self) -> None:
         self.ended = True
@@ -1760,13 +1735,12 @@ class Proxy:
         self.statistics.clients += 1
         try:
             self._serve(client)
-        except ClientFault as fault:
-            self._refuse(fault, address)
-        except OSError:
-            self._refuse(ClientFault(RESET), address)
+        except (ClientFault, OSError) as error:
+            self._refuse(error if isinstance(error, ClientFault) else ClientFault(RESET), address)
         finally:
             self.clients.discard(client)
             client.close()
+            client.timeout.close()
 
     def _refuse(self, fault: ClientFault, address: tuple[Any, ...] | str) -> None:
         self.statistics.refused[fault.reason] += 1
@@ -1845,8 +1819,8 @@ class Proxy:
             pool.prune(now)
             service.relearn(now)
             service.latency.counts()
-            if (service.state is UP and service.in_flight >= service.limit and self.queue.waited() > 1
-                    and not service.stalled(now)):  # fmt: skip
+            if (service.state is UP and service.in_flight >= service.limit and not service.stalled(now)
+                    and self.queue.waiters and now - self.queue.waiters[0].since > 1):  # fmt: skip
                 service.widen()
             self.queue.hand_over(service)
             self._watch_stall(service, now)
@@ -1920,6 +1894,7 @@ class Status:
     def __init__(self, proxy: Proxy, default: bytes, log: Log) -> None:
         import base64
         import hashlib
+        import json
 
         self._proxy, self._default, self._log = proxy, printable(default), log
         self._services = proxy.balancer.services
@@ -1928,12 +1903,17 @@ class Status:
         self._samples = {service: deque([Sample.of(service)], maxlen=SAMPLES) for service in self._services}
         self._given = deque([(self._started, 0)], maxlen=SAMPLES)  # default actions
         self._fresh: dict[str, tuple[float, bytes]] = {}
-        self._registry = metrics_registry(self)
-        hashes = {
-            tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-            for tag, text in re.findall(r'<(style|script)>(.*?)</\1>', STATUS_PAGE, re.DOTALL)
-        }
-        policy = (f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}';"
+        self._dumps = functools.partial(json.dumps, separators=(',', ':'), allow_nan=False)
+        self._metrics: Callable[[], bytes] | None = None
+        with contextlib.suppress(ImportError):  # here: in the first scrape it would hold up mail for 0.1 s
+            from prometheus_client import CollectorRegistry, generate_latest
+
+            registry = CollectorRegistry()
+            registry.register(self)
+            self._metrics = functools.partial(generate_latest, registry)
+        style, script = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                         for text in re.findall(r'<(?:style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)]  # fmt: skip
+        policy = (f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}';"
                   " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
                   " frame-ancestors 'none'")  # fmt: skip
         self._headers = [
@@ -1961,13 +1941,10 @@ class Status:
                 end = end_of_message(head)
             sock.sendall(self._respond(head[:end]))
             sock.shutdown(socket.SHUT_WR)
-            # what is unread at the end would reset the connection, and our answer with it; not for long, and
-            # with a turn for the others each time: recv() itself waits only when there is nothing
+            # what is unread at the end would reset the connection, and our answer with it
             with gevent.Timeout(STATUS_LINGER, TimeoutError()):
-                for _ in range(STATUS_UNREAD // RECEIVE):
-                    if not sock.recv(RECEIVE):
-                        break
-                    gevent.sleep(0)
+                while sock.recv(RECEIVE):
+                    gevent.sleep(STATUS_PAUSE)
 
     def _respond(self, head: bytes) -> bytes:
         """Return the answer to the head of a request (RFC 9112)."""
@@ -1987,13 +1964,13 @@ class Status:
         if path == '/':
             return '200 OK', 'text/html', STATUS_PAGE.encode()
         if path == '/status.json':
-            return '200 OK', 'application/json', self._kept(path, self._json)
+            return '200 OK', 'application/json', self._kept(path, lambda: self._dumps(self.data()).encode())
         if path == '/health':
             ill = self.ill()
             return ('503 Service Unavailable' if ill else '200 OK'), 'text/plain', f'{ill or "ok"}\n'.encode()
         if path != '/metrics':
             return '404 Not Found', 'text/plain', b'there are /, /status.json, /metrics and /health\n'
-        if self._registry is None:
+        if self._metrics is None:
             return '501 Not Implemented', 'text/plain', NO_PROMETHEUS
         return '200 OK', 'text/plain; version=0.0.4', self._kept(path, self._metrics)
 
@@ -2011,17 +1988,6 @@ class Status:
             return 'draining'
         able = any(service.able for service in self._services)
         return '' if able else f"no service is up: '{self._default}' is given to every request"
-
-    def _json(self) -> bytes:
-        import json
-
-        return json.dumps(self.data(), separators=(',', ':'), allow_nan=False).encode()
-
-    def _metrics(self) -> bytes:
-        from prometheus_client import generate_latest
-
-        assert self._registry is not None
-        return bytes(generate_latest(self._registry))
 
     # -- what is told
 
@@ -2176,20 +2142,6 @@ The Prometheus client library is not installed. Either of these does it, then re
 """.encode('utf-8', 'backslashreplace')
 
 
-def metrics_registry(collector: Any) -> Any:
-    """Return a registry of this collector alone, None without the client library.
-
-    It is loaded here, at the start: in the first scrape it would hold up mail for 0.1 s.
-    """
-    try:
-        from prometheus_client import CollectorRegistry
-    except ImportError:
-        return None
-    registry = CollectorRegistry()
-    registry.register(collector)
-    return registry
-
-
 def buckets(latency: Latency) -> list[tuple[str, int]]:
     """Return a histogram as Prometheus has it: cumulative, here with 1-2-5 bounds."""
     seen = list(itertools.accumulate(latency.counts()))
@@ -2245,9 +2197,8 @@ def parse_services(texts: Sequence[str]) -> list[Service]:
     if not services:
         raise UsageError('no --service given: at least one -s <name>=<address>:<port> is needed')
     names = [service.name for service in services]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--service '{name}' is given twice: each name is allowed once")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"--service '{twice[0]}' is given twice: each name is allowed once")
     return services
 
 
@@ -2297,11 +2248,10 @@ def parse_command_line(argv: Sequence[str]) -> Options:
 
 def misused(argv: Sequence[str]) -> str:
     """Return which word of a command line docopt could not place."""
-    known = set(re.findall(r'--[a-z-]+', __doc__))
+    known = re.findall(r'(?<![\w-])--?[A-Za-z][a-z-]*', __doc__)
     for word in argv:
-        if word.startswith('--') and not any(name.startswith(word.partition('=')[0]) for name in known):
-            return f"unknown option '{word}'"
-        if re.match(r'-[^-sdlvLh]', word):
+        name = word.partition('=')[0] if word.startswith('--') else word[:2]
+        if name.startswith('-') and not any(option.startswith(name) for option in known):
             return f"unknown option '{word}'"
     return f"cannot use '{' '.join(argv)}': a word is no option, or one is given twice (quote values with blanks)"
 
@@ -2367,11 +2317,7 @@ def check_service(service: Service) -> tuple[bool, list[str]]:
             action = connection.exchange(HARMLESS_REQUEST)
         answered = time.monotonic()
         gevent.sleep(SETTLE)
-        surplus = b''
-        with contextlib.suppress(OSError):  # hung up by a reset: that is normal
-            surplus = connection.receive_now() or b''
-        connection.close()
-        if surplus:
+        if connection.poll(0) and pool.spoiled(connection):
             raise ServiceFailure(INVALID, 'it sent more after its answer: requests could get those of others')
     except ServiceFailure as failure:
         return False, [*row, 'FAILED', f'{failure.reason}: {failure}']

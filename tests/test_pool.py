@@ -13,6 +13,7 @@ import pytest
 import hapolicy_gevent
 from hapolicy_gevent import (
     SETTLE,
+    TRIAL,
     Log,
     Pool,
     Proxy,
@@ -463,3 +464,17 @@ def test_a_connection_that_was_being_opened_when_its_service_went_down_is_used_o
     assert pool.idle == [], 'it would prove nothing, and hide that the service may have more than one'
     assert far.recv(1) == b''
     far.close()
+
+
+def test_a_client_that_leaves_while_a_new_connection_is_watched_leaves_none_behind() -> None:
+    with stubs(echo) as (a,):
+        one = parse_service(a.service)
+        pool = Pool(one, Queue(Statistics()), quiet_log())
+        one.turn(TRIAL, 'a probe connected', 1)
+        slot, timeout = one.begin(1), QueryTimeout(5)
+        asking = gevent.spawn(pool.ask, request(), slot, None, timeout, True)
+        gevent.sleep(SETTLE / 2)
+        asking.kill()
+        timeout.close()
+        wait_until(lambda: a.accepted == 1 and a.open == 0)
+        assert not a.requests
