@@ -2276,7 +2276,7 @@ def make_log(options: Options, server: bool) -> Log:
     if options.stdout and (server or not is_client(1)):
         sink = StreamSink(1)
     else:
-        sink = SyslogSink(None if is_client(2) else StreamSink(2))
+        sink = SyslogSink(StreamSink(2) if server or os.isatty(2) else None)
     return Log(sink, options.logging, options.verbose)
 
 

@@ -144,12 +144,17 @@ def test_a_start_that_has_neither_listeners_nor_a_client_says_so() -> None:
     assert done.returncode == 0 and b'Without --listen' in done.stdout
 
 
-def test_without_syslog_a_pipe_s_log_goes_to_stderr() -> None:
+def test_without_syslog_one_at_a_terminal_sees_the_log() -> None:
     if os.path.exists('/dev/log'):
         pytest.skip('there is a /dev/log')
-    done = run('-s', f'a=127.0.0.1:{free_port()}', stdin=ONE % b'i' + b'nonsense\n\n')
+    ours, theirs = os.openpty()
+    command = [sys.executable, str(MODULE), '-s', f'a=127.0.0.1:{free_port()}']
+    done = subprocess.run(command, input=ONE % b'i' + b'nonsense\n\n', stdout=-1, stderr=theirs, timeout=30)
+    said = os.read(ours, 65536)
     assert done.stdout == b'action=dunno\n\n' * 2
-    assert b'No service is up' in done.stderr and b'given 1 times: not a request' in done.stderr
+    assert b'No service is up' in said and b'given 1 times: not a request' in said
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_help_and_version() -> None:
