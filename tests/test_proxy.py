@@ -452,7 +452,8 @@ def test_of_two_addresses_that_fail_the_one_that_may_be_well_decides(tmp_path: P
     with (deaf('127.0.0.3') as port, ProxyProcess('-s', f'A=x:{port}', environment=names.environment) as proxy,
           proxy.client() as client):  # fmt: skip
         assert client.ask_own() == 'default'
-        assert 'failed: timeout' in proxy.log and 'is down' not in proxy.log
+        proxy.logged('failed: timeout')
+        assert 'is down' not in proxy.log
 
 
 class At(PolicyServerStub):
