@@ -121,10 +121,10 @@ CONNECT_TIMEOUT = 5.0
 MAX_IDLE, IDLE_SECONDS = 20, 60.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
 MAX_AGE = 1000.0
-#: Seconds the first connection to a service must stay quiet after its answer before any is used again: a server that
-#: answers twice is found out before a stranger's request can meet the second answer. And a new one before it is
-#: asked, where there is reason to suspect that the service hangs up on it, or talks first.
-SETTLE = 0.05
+#: Seconds a connection that nothing vouches for must stay quiet after its answer before it is used again: a server
+#: that answers twice is found out before a stranger's request can meet the second answer. And a new one before it is
+#: asked, where there is reason to suspect that the service hangs up on it, or talks first; up to the second then.
+SETTLE, SETTLE_LAST = 0.05, 1.0
 #: Seconds a connection waits for the lookup of its service's name before it takes the address of last time, and for one
 #: that is under way when it cannot connect there.
 LOOKUP, LOOKUP_LAST = 0.1, 1.0
@@ -214,12 +214,12 @@ class ClientFault(HapolicyError):
 class ServiceFailure(HapolicyError):
     """The service's: a query got no usable answer; `reason` is one of FAILURES.
 
-    One that never was `connected` is no fault of the message.
+    One that never was `connected` is no fault of the message; one that is STARVED tells how many were `served`.
     """
 
-    def __init__(self, reason: str, text: str, connected: bool = True) -> None:
+    def __init__(self, reason: str, text: str, connected: bool = True, served: int = 0) -> None:
         super().__init__(text)
-        self.reason, self.connected = reason, connected
+        self.reason, self.connected, self.served = reason, connected, served
 
 
 class ConnectionEnded(ServiceFailure):
@@ -1043,8 +1043,6 @@ class Wire:
             gevent.socket.wait_write(self.socket.fileno())
             with contextlib.suppress(BlockingIOError):
                 data = data[self._send(data) :]
-        if not self._watcher.active:
-            self._watcher.start(self._readable)  # what came meanwhile is to be received
 
     def close(self) -> None:
         """Close the socket and free its watcher; more than once does no harm."""
@@ -1080,13 +1078,14 @@ def _connect_unix(sock: socket.socket, path: str) -> None:
             gevent.sleep(0.01)
 
 
-def connect_failure(error: OSError) -> ServiceFailure:
+def connect_failure(error: OSError, family: int = socket.AF_INET) -> ServiceFailure:
     """Return what an error in connecting says of the service: the one place where errno is judged."""
     if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
         return ServiceFailure(REFUSED, str(error.strerror).lower())
     if isinstance(error, TimeoutError):
         return ServiceFailure(LATE, f'no connection within {CONNECT_TIMEOUT:g}s', connected=False)
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL):
+    ports = error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET  # or there is no IPv6 here
+    if ports or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
         return ServiceFailure(DESCRIPTORS, error.strerror or str(error))
     return ServiceFailure(UNREACHABLE, error.strerror or str(error))
 
@@ -1127,7 +1126,7 @@ class HostName:
             return self._connect(known)
         except OSError:
             self._lookup.join(LOOKUP_LAST)
-            if self._known == known:
+            if set(self._known) == set(known):
                 raise
             return self._connect(self._known)  # it has moved
 
@@ -1136,9 +1135,9 @@ class HostName:
         for address in sorted(known, key=self._failed.__contains__):
             try:
                 sock = connect(*address)
-            except BaseException as error:
+            except (OSError, gevent.Timeout) as error:
                 self._failed.add(address)
-                if not isinstance(error, OSError):  # the query is over
+                if isinstance(error, gevent.Timeout):  # the query is over
                     raise
                 # one that was too slow may be well: the mildest that can be said
                 failure = error if failure is None or isinstance(error, TimeoutError) else failure
@@ -1152,14 +1151,16 @@ class HostName:
 class Connection(Wire):
     """A connection to a service: one query at a time, or idle in its pool."""
 
-    __slots__ = ('expires', 'idle_since', 'poll', 'pool', 'serial', 'spent', 'used')
+    __slots__ = ('asked', 'expires', 'idle_since', 'poll', 'pool', 'serial', 'spent', 'trusted', 'used')
 
     def __init__(self, sock: socket.socket, pool: Pool, serial: int) -> None:
         super().__init__(sock)
         self.pool, self.serial = pool, serial
-        self.used = False  # an answer has come by it
+        self.asked = False  # a request was sent by it,
+        self.used = False  # and an answer has come
+        self.trusted = False  # to send one answer to a request
         self.spent = False  # not to be used again
-        self.idle_since = time.monotonic()
+        self.idle_since = time.monotonic()  # at first since it is open
         self.expires = self.idle_since + MAX_AGE
         poller = select.poll()
         poller.register(sock.fileno(), select.POLLIN)
@@ -1173,12 +1174,17 @@ class Connection(Wire):
         else:
             self._watcher.stop()  # still sending
 
+    def send_slowly(self, data: bytes) -> None:
+        super().send_slowly(data)
+        if not self._watcher.active:
+            self._watcher.start(self._readable)  # for exchange() to receive it
+
     def exchange(self, request: bytes) -> bytes:
         """Send a request and return the action of its answer.
 
         Raises ServiceFailure.
         """
-        data = b''
+        data, self.asked = b'', True
         try:
             self.send(request)
             while (chunk := self.receive()) != b'':
@@ -1231,6 +1237,9 @@ class Pool:
     A connection is busy with one query, idle, or closed; one on which a query was abandoned is closed. Idle ones are
     used last in, first out, so that the others can expire. One that is `spent` is closed after its answer, as are all
     that were opened, or begun to be, before the service went down: they would say nothing of its room now.
+
+    One is `trusted`, and used again, if it was quiet for SETTLE after its first answer, or had it while another one
+    that is trusted was open: the service that proved to answer once has not been restarted since.
     """
 
     def __init__(self, service: Service, queue: Queue, log: Log) -> None:
@@ -1242,11 +1251,10 @@ class Pool:
             self.connect = HostName(service.address, self._warn).connect
         else:
             self.connect = functools.partial(connect, family, host if family == socket.AF_UNIX else (host, port))
-        self.idle: list[Connection] = []  # the longest idle first
+        self.idle: list[Connection] = []  # those not trusted first
         self._open: set[Connection] = set()
         self._serial = self._newest_served = self._last_retired = 0
         self._settle = min(SETTLE, service.timeout / 4)
-        self._settled = False  # that has shown that the service answers once
         self._lying = False  # it sent what nobody asked for: no connection is used twice
 
     def open(self) -> Connection:
@@ -1258,35 +1266,39 @@ class Pool:
         try:
             connection = Connection(self.connect(), self, serial)
         except OSError as error:
-            raise connect_failure(error) from None
+            raise connect_failure(error, self.service.address.family) from None
         if self._log.verbose:
             self._log(INFO, f"Connection established to '{self.service.name}' ({self.service.where})")
         connection.spent = self._lying
         self._open.add(connection)
         return connection
 
-    def _watch(self, connection: Connection) -> None:
-        """See that a new connection stays quiet before it is asked anything. Raises ServiceFailure."""
-        gevent.sleep(self._settle)
-        if not connection.poll(0):
-            return
+    def _check_quiet(self, connection: Connection, seconds: float) -> None:
+        """See that a new connection stays quiet for so long before it is asked anything. Raises ServiceFailure."""
+        give_up = time.monotonic() + seconds
+        while not connection.poll(0):
+            if time.monotonic() >= give_up:
+                return
+            gevent.sleep(self._settle / 10)
         if said := self.spoiled(connection):
             raise ServiceFailure(INVALID, f'{said} bytes before it was asked', connected=False)
-        if self.served():
-            raise TurnedAway(STARVED, 'it hangs up on one connection more', connected=False)
+        if served := sum(1 for other in self._current() if other.asked):
+            raise TurnedAway(STARVED, 'it hangs up on one connection more', connected=False, served=served)
         raise ServiceFailure(DROPPED, 'it hung up before it was asked', connected=False)
 
     def _take(self, preferred: Connection | None) -> Connection | None:
-        """Return an idle connection that is quiet, the preferred one if it is idle here."""
-        while self.idle and not self._settled:
-            gevent.sleep(self._settle / 10)  # it may hang up, answer twice or go down meanwhile
-            self._settled = bool(self.idle) and time.monotonic() - self.idle[0].idle_since >= self._settle
+        """Return an idle connection that is trusted and quiet, the preferred one if it is idle here."""
         while self.idle:
-            if preferred is not None and preferred in self.idle:
+            if preferred is not None and preferred.trusted and preferred in self.idle:
                 self.idle.remove(preferred)
                 connection = preferred
             else:
-                connection = self.idle.pop()
+                connection = self.idle[-1]
+                if not connection.trusted and time.monotonic() - connection.idle_since < self._settle:
+                    gevent.sleep(self._settle / 10)  # it may hang up, answer twice or be taken meanwhile
+                    continue
+                connection.trusted = True
+                self.idle.pop()
             if not connection.poll(0):
                 return connection
             self.spoiled(connection)
@@ -1307,20 +1319,18 @@ class Pool:
             if connection is None:
                 connection = self.open()
                 if self._lying or self.service.state is TRIAL:
-                    self._watch(connection)
+                    self._check_quiet(connection, self._settle)
             connection.user = user
             try:
                 return connection.exchange(request), connection
             except ConnectionEnded:
-                used = connection.used  # normal: many servers hang up after so many answers or so much idle time
-                if not used and not self.served():
-                    raise
-                self.discard(connection)
-                connection = self.open()
-                if not used:
-                    self._watch(connection)  # what hangs up on this, too, is not the message's doing
-                self._queue.statistics.retries += 1
+                connection = self._after_end(connection)
+            self._queue.statistics.retries += 1
+            try:
                 return connection.exchange(request), connection
+            except ConnectionEnded:
+                connection = self._after_end(connection)  # no third time, but was it the message's doing?
+                raise
         except BaseException as error:
             if connection is not None:
                 self.discard(connection)
@@ -1330,6 +1340,25 @@ class Pool:
             raise
         finally:
             stop()
+
+    def _after_end(self, ended: Connection) -> Connection:
+        """Return a new connection in place of one that ended without an answer. Raises ServiceFailure.
+
+        That a used one ends is normal: many servers hang up after so many answers or so much idle time. A new one ends
+        by the message's doing, or for lack of a worker: then one that asks nothing ends, too, and about as soon.
+        """
+        lasted = time.monotonic() - ended.idle_since
+        self.discard(ended)
+        if not ended.used and not self._current():
+            raise ConnectionEnded(DROPPED, 'it hung up without an answer')
+        connection = self.open()
+        if not ended.used:
+            try:
+                self._check_quiet(connection, max(self._settle, min(SETTLE_LAST, 2 * lasted)))
+            except BaseException:
+                self.discard(connection)
+                raise
+        return connection
 
     def _late(self, connection: Connection | None, slot: Slot, seconds: float, fair: bool) -> ServiceFailure:
         """Return what a time out says: of the service, of our deadline, or of a missing worker.
@@ -1341,26 +1370,32 @@ class Pool:
             return ServiceFailure(DEADLINE, f'no answer within the {seconds:.3g}s left')
         if (connection is not None and not connection.used and connection.serial > self._newest_served
                 and self.service.answered_since(slot)):  # fmt: skip
-            return ServiceFailure(STARVED, f'no worker took the connection within {seconds:.3g}s')
+            return ServiceFailure(STARVED, f'no worker took the connection within {seconds:.3g}s', served=self.served())
         return ServiceFailure(LATE, f'no answer within {seconds:.3g}s', connected=connection is not None)
 
     def release(self, connection: Connection, slot: Slot, reuse: bool, now: float) -> None:
         """Take back a connection whose query was answered, and hand its slot on. Not to be reused: close it."""
         if not connection.used:
             connection.used = True
+            # of one that has ended something could be received
+            connection.trusted = any(other.trusted and not other.poll(0) for other in self._current())
             self._newest_served = max(self._newest_served, connection.serial)
             self.service.prove(slot, self.served())
         if reuse and not connection.spent and connection.serial > self._last_retired and now < connection.expires:
             connection.idle_since = now
-            self.idle.append(connection)
+            self.idle.insert(len(self.idle) if connection.trusted else 0, connection)
         else:
             self.discard(connection)
         if self._queue.waiters:
             self._queue.hand_over(self.service)
 
     def served(self) -> int:
-        """Return how many of the open connections were answered since it was down."""
-        return sum(1 for connection in self._open if connection.used and connection.serial > self._last_retired)
+        """Return how many of the open connections were answered."""
+        return sum(1 for connection in self._current() if connection.used)
+
+    def _current(self) -> list[Connection]:
+        """Return the connections that are open and not of the time before the service was down."""
+        return [connection for connection in self._open if connection.serial > self._last_retired]
 
     def spoiled(self, connection: Connection) -> int:
         """Close a connection that became readable while nobody had asked anything; return how many bytes came."""
@@ -1390,13 +1425,11 @@ class Pool:
             if connection in self.idle:
                 self.idle.remove(connection)
             connection.close()
-            if not self._open:  # it may have been restarted, or have moved, and be another one now
-                self._settled = False
 
     def forget(self) -> None:
         """Start anew: the service went down, and may come back mended. What is open says nothing of it then."""
         self.renew()
-        self._lying = self._settled = False
+        self._lying = False
 
     def renew(self) -> None:
         """Close all that are idle, those in use after their answer, and so those that are being opened."""
@@ -1456,13 +1489,23 @@ class Queue:
         self.hand_over(slot[0])
 
     def hand_over(self, service: Service) -> None:
-        """Give each slot that is free to the first who waits for one of this service."""
+        """Give each slot that is free to the first who waits for one of this service; of a stalled one to nobody."""
+        if service.stalled(time.monotonic()):
+            self.recall(service)
         for waiter in list(self.waiters):
-            if service.in_flight >= service.limit or service.stalled(time.monotonic()):
+            if service.in_flight >= service.limit:
                 return
             if waiter.takes(service):
                 self.waiters.remove(waiter)
                 waiter.handed.set(service.begin(time.monotonic()))
+
+    def try_stalled(self, service: Service) -> None:
+        """Give one of those who wait for any service a slot of one that has stalled."""
+        for waiter in self.waiters:
+            if waiter.takes(service) and service.in_flight < service.limit:
+                self.waiters.remove(waiter)
+                waiter.handed.set(service.begin(time.monotonic()))
+                return
 
     def recall(self, service: Service) -> None:
         """Let all who wait for this service choose again: it went down, or stalled."""
@@ -1708,10 +1751,9 @@ class Proxy:
         self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
                   f' instance: {printable(instance)}')  # fmt: skip
         now = time.monotonic()
-        if failure.reason is STARVED:
-            served, sure = self.pools[service].served(), isinstance(failure, TurnedAway)
-            if advice := service.starve(served, instance, now, sure):
-                self._log(WARNING, advice)
+        sure = isinstance(failure, TurnedAway)
+        if failure.reason is STARVED and (advice := service.starve(failure.served, instance, now, sure)):
+            self._log(WARNING, advice)
         message = instance if failure.connected else b''
         self._note(service, service.fail(failure.reason, message, slot, now))
         self.queue.hand_over(service)
@@ -1744,7 +1786,7 @@ class Proxy:
 
     def _refuse(self, fault: ClientFault, address: tuple[Any, ...] | str) -> None:
         self.statistics.refused[fault.reason] += 1
-        where = f' from {address[0]}:{address[1]}' if address else ''  # of a unix socket there is none
+        where = f' from {address[0]}:{address[1]}' if isinstance(address, tuple) else ''  # else of a unix socket
         self._log(WARNING if fault.reason is TOO_LONG else NOTICE, f'Client connection closed{where}: {fault}')
 
     def _serve(self, client: Client) -> None:
@@ -1801,9 +1843,9 @@ class Proxy:
         while service.state is DOWN:
             gevent.sleep(max(0.0, service.probe_at - time.monotonic()))
             try:
-                with gevent.Timeout(service.timeout, TimeoutError('timed out')):
+                with gevent.Timeout(service.timeout):
                     self.pools[service].connect().close()
-            except Exception:
+            except (Exception, gevent.Timeout):
                 service.probe_failed(time.monotonic())
             else:
                 self._note(service, service.turn(TRIAL, 'a probe connected', time.monotonic()))
@@ -1815,15 +1857,16 @@ class Proxy:
 
     def _tend(self, now: float) -> None:
         """Do, once a second, what no request does."""
+        long = bool(self.queue.waiters) and now - self.queue.waiters[0].since > 1  # somebody waits for so long
         for service, pool in self.pools.items():
             pool.prune(now)
             service.relearn(now)
             service.latency.counts()
-            if (service.state is UP and service.in_flight >= service.limit and not service.stalled(now)
-                    and self.queue.waiters and now - self.queue.waiters[0].since > 1):  # fmt: skip
+            if long and service.state is UP and service.in_flight >= service.limit and not service.stalled(now):
                 service.widen()
+            self._watch_stall(service, now, long)
+        for service in self.pools:
             self.queue.hand_over(service)
-            self._watch_stall(service, now)
         if int(now) % 10 == 0:
             self._tell_defaults()
 
@@ -1842,10 +1885,11 @@ class Proxy:
                 self._log(NOTICE, line)
             gevent.sleep(seconds)
 
-    def _watch_stall(self, service: Service, now: float) -> None:
+    def _watch_stall(self, service: Service, now: float, long: bool) -> None:
         stalled = service.stalled(now)
-        if stalled:
-            self.queue.recall(service)  # who waits for it may find another now
+        if stalled and long and now > service.probe_at:
+            service.probe_at = now + service.stall
+            self.queue.try_stalled(service)  # it may have been one slow request, and all others are full
         if stalled != service.stalled_seen:
             service.stalled_seen = stalled
             state = f'stalled: {service.in_flight} requests and no answer' if stalled else 'no longer stalled'
@@ -2436,7 +2480,9 @@ def inherited_listener(fd: int) -> socket.socket:
 def check_loops(services: Sequence[Service], where: Sequence[str]) -> None:
     """Raises UsageError for a service that is where we listen: it would ask itself, until all wait for all."""
     for service in services:
-        if service.where in where:
+        _, host, port = service.address
+        local = '[::]' if host == '::1' else '0.0.0.0' if host.startswith('127.') or host == 'localhost' else '-'
+        if service.where in where or f'{local}:{port}' in where:
             raise UsageError(f"--service '{service.name}': {service.where} is where clients are served: it would ask"
                              ' itself; allowed is the address of a policy server')  # fmt: skip
 

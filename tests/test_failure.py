@@ -689,3 +689,29 @@ def test_one_that_hangs_up_on_trial_goes_down_although_old_connections_hang() ->
         with proxy.client() as client:
             assert client.ask_own() == 'default'
             proxy.logged('is down: dropped')
+
+
+def test_a_server_stalled_by_one_slow_request_is_tried_while_the_other_is_full() -> None:
+    done = threading.Event()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if b'sender=slow' in message:
+            done.wait(60)
+        echo(peer, message)
+
+    with stubs(behave, slow(1)) as (a, b):
+        arguments = ['-s', a.service + ':10:1:60', '-s', b.service + ':20:1:60:1', '--stall=1']
+        with ProxyProcess(*arguments) as proxy, proxy.client() as client:
+
+            def work(_: int) -> str:
+                with proxy.client() as one:
+                    return one.ask_own()
+
+            in_threads(8, work)
+            client.send(request(sender='slow', instance=new_instance()))
+            proxy.logged('is stalled')
+            asked = len(b.requests)
+            assert set(in_threads(20, work)) == {'A', 'B'}
+            assert len(b.requests) - asked < 10
+            done.set()
+            assert client.read_answer()

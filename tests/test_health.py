@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from collections import Counter
 
 import pytest
@@ -319,4 +320,7 @@ TestModel.settings = settings(max_examples=150, stateful_step_count=60, deadline
 
 
 def test_where_our_own_ports_are_used_up_it_is_no_failure_of_the_service() -> None:
-    assert connect_failure(OSError(errno.EADDRNOTAVAIL, 'Cannot assign requested address')).reason == DESCRIPTORS
+    error = OSError(errno.EADDRNOTAVAIL, 'Cannot assign requested address')
+    assert connect_failure(error, socket.AF_INET).reason == DESCRIPTORS
+    assert connect_failure(error, socket.AF_INET6).reason == UNREACHABLE, 'there is no IPv6 here'
+    assert connect_failure(error, socket.AF_UNSPEC).reason == UNREACHABLE

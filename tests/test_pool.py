@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -97,11 +100,14 @@ def test_i2_a_second_answer_is_found_before_a_waiting_request_takes_the_connecti
 
 
 class FewAtATime(PolicyServerStub):
-    """Hangs up at once on connections beyond so many, as xinetd's `instances` or systemd's `MaxConnections` do."""
+    """Hangs up on connections beyond so many, as xinetd's `instances` or systemd's `MaxConnections` do.
 
-    def __init__(self, behaviour: Behaviour, limit: int = 5) -> None:
+    So many seconds late, if need be; and a place is free so many seconds after its connection has ended.
+    """
+
+    def __init__(self, behaviour: Behaviour, limit: int = 5, late: float = 0, occupied: float = 0) -> None:
         self._lock = threading.Lock()
-        self._free = limit
+        self._free, self._late, self._occupied = limit, late, occupied
         super().__init__(behaviour)
 
     def _serve(self, peer: Peer) -> None:
@@ -109,10 +115,12 @@ class FewAtATime(PolicyServerStub):
             self._free -= 1
             full = self._free < 0
         if full:
+            time.sleep(self._late)
             peer.closed.set()
             peer.sock.close()
         else:
             super()._serve(peer)
+            time.sleep(self._occupied)
         with self._lock:
             self._free += 1
 
@@ -140,6 +148,50 @@ def test_one_client_more_than_a_server_that_hangs_up_has_room_for_is_answered(se
         for clients in (5, 5, 6):
             assert {action for actions in in_threads(clients, work) for action in actions} == {'A'}
         proxy.logged('seems to serve no more than 5 connections')
+
+
+def test_a_server_that_hangs_up_on_more_connections_late_stays_up() -> None:
+    with FewAtATime(slow(0.1), late=0.1) as a, ProxyProcess('-s', a.service) as proxy:
+
+        def work(_: int) -> list[str]:
+            with proxy.client() as client:
+                return [client.ask_own() for _ in range(10)]
+
+        assert {action for actions in in_threads(20, work) for action in actions} == {'A'}
+        assert 'is down' not in proxy.log
+
+
+def test_a_server_that_ends_connections_and_has_no_room_for_the_next_at_once_stays_up() -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        if peer.requests > 3:
+            raise HangUp
+        time.sleep(0.02)
+        echo(peer, message)
+
+    with FewAtATime(behave, occupied=0.02) as a, ProxyProcess('-s', a.service) as proxy:
+
+        def work(_: int) -> list[str]:
+            with proxy.client() as client:
+                return [client.ask_own() for _ in range(20)]
+
+        assert {action for actions in in_threads(8, work) for action in actions} == {'A'}
+        assert 'is down' not in proxy.log
+
+
+def test_a_burst_after_all_connections_have_ended_takes_no_full_server_down() -> None:
+    with FewAtATime(slow(0.3)) as a, ProxyProcess('-s', a.service) as proxy:
+
+        def work(_: int) -> list[str]:
+            with proxy.client() as client:
+                return [client.ask_own() for _ in range(3)]
+
+        for clients in (4, 4, 12):
+            assert {action for actions in in_threads(clients, work) for action in actions} == {'A'}
+            for peer in a.peers:
+                with contextlib.suppress(OSError):
+                    peer.sock.shutdown(socket.SHUT_RDWR)
+            time.sleep(0.2)
+        assert 'is down' not in proxy.log
 
 
 def test_messages_that_kill_their_worker_teach_no_limit_of_connections() -> None:
@@ -191,6 +243,62 @@ def twice(peer: Peer, message: bytes) -> None:
     echo(peer, message)
     time.sleep(0.015)
     echo(peer, message)
+
+
+REPLACED = """
+import socket, sys, threading, time
+listener, pause = socket.socket(fileno=int(sys.argv[1])), float(sys.argv[2])
+def serve(sock):
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    buffer = b''
+    while data := sock.recv(65536):
+        buffer += data
+        while b'\\n\\n' in buffer:
+            message, _, buffer = buffer.partition(b'\\n\\n')
+            reply = b'action=DUNNO ' + message.partition(b'instance=')[2].partition(b'\\n')[0] + b' A\\n\\n'
+            time.sleep(0.002)
+            sock.sendall(reply)
+            if pause:
+                time.sleep(pause)
+                sock.sendall(reply)
+sys.stdin.readline()
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+
+
+def test_a_server_replaced_under_load_by_one_that_answers_twice_is_found_out() -> None:
+    def start(pause: float) -> subprocess.Popen[bytes]:
+        command = [sys.executable, '-c', REPLACED, str(listener.fileno()), str(pause)]
+        return subprocess.Popen(
+            command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        )
+
+    for clients in (4, 8, 16):
+        with socket.create_server(('127.0.0.1', 0), backlog=200) as listener, start(0) as old, start(0.005) as new:
+            assert old.stdin and new.stdin
+            old.stdin.write(b'\n')
+            with ProxyProcess('-s', f'A=127.0.0.1:{listener.getsockname()[1]}') as proxy:
+                end = time.monotonic() + 2
+
+                def work(_: int, proxy: ProxyProcess = proxy, end: float = end) -> None:
+                    with proxy.client() as client:
+                        while time.monotonic() < end:
+                            client.ask_own()
+
+                def replace(old: subprocess.Popen[bytes] = old, new: subprocess.Popen[bytes] = new) -> None:
+                    time.sleep(0.7)
+                    old.kill()
+                    old.wait()
+                    assert new.stdin
+                    new.stdin.write(b'\n')
+
+                replacer = threading.Thread(target=replace)
+                replacer.start()
+                in_threads(clients, work)
+                replacer.join()
+                proxy.logged('each of its connections is used once')
+            new.kill()
 
 
 def test_a_server_is_watched_again_once_all_its_connections_have_ended() -> None:

@@ -555,3 +555,32 @@ def test_ipv6_on_both_sides() -> None:
             assert sock.recv(100) == b'action=DUNNO six\n\n'
         with PostfixClient(proxy.port) as client:
             assert client.ask(request()) == 'DUNNO six'
+
+
+def test_a_client_that_pipelines_and_reads_slowly_takes_no_more_memory(tmp_path: Path) -> None:
+    arguments = ['-s', f'A=127.0.0.1:{free_port()}', '-d', 'dunno ' + 'x' * 60000, f'--listen=unix:{tmp_path}/s']
+    with ProxyProcess(*arguments) as proxy, PostfixClient(f'{tmp_path}/s') as client:
+
+        def push() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client.send(b'x=1\n\n' * 13000)
+
+        before, pushing, end = proxy.memory, threading.Thread(target=push), time.monotonic() + 8
+        pushing.start()
+        while time.monotonic() < end:
+            client.sock.recv(60000)
+            time.sleep(0.001)
+        assert proxy.memory - before < 4e6
+        client.sock.shutdown(socket.SHUT_RDWR)
+        pushing.join()
+
+
+def test_a_unix_client_that_has_a_path_of_its_own_is_served_and_refused(tmp_path: Path) -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service, f'--listen=unix:{tmp_path}/s') as proxy:
+        for name in ('a', 'bound'):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(f'{tmp_path}/{name}')
+                sock.connect(f'{tmp_path}/s')
+                sock.sendall(b'request=x\n')
+        proxy.logged('Client connection closed: left in mid-request')
