@@ -464,6 +464,9 @@ class Service:
     at a time until one is answered. `in_flight` requests hold a slot, `waiting` ones will. A
     generation ends when the service goes down: what was in flight then no longer counts, neither
     for its room nor for its health.
+
+    How many it may get comes of three numbers: `max` is what was set, `learned` how many connections it was found to
+    serve at most, `proven` how many it was seen to serve at once. resize() makes `cap`, `limit` and `room` of them.
     """
 
     # with more than 30 attributes an instance without slots has a dict that Python 3.11 looks up at full length
@@ -1093,7 +1096,8 @@ def connect_failure(error: OSError, family: int = socket.AF_INET) -> ServiceFail
 class HostName:
     """The name in a service's address: looked up anew for each connection; while that fails, what it was last.
 
-    One lookup at a time: a name server that hangs keeps one of gevent's threads busy for each name, not all.
+    A connection waits LOOKUP for it; if it then cannot be made, LOOKUP_LAST, as the name may have moved. One lookup at
+    a time: a name server that hangs keeps one of gevent's threads busy for each name, not all.
     """
 
     def __init__(self, address: Address, tell: Callable[[str], None]) -> None:

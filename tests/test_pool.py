@@ -15,8 +15,12 @@ import pytest
 
 import hapolicy_gevent
 from hapolicy_gevent import (
+    RESET,
     SETTLE,
     TRIAL,
+    Address,
+    ClientFault,
+    HostName,
     Log,
     Pool,
     Proxy,
@@ -586,3 +590,30 @@ def test_a_client_that_leaves_while_a_new_connection_is_watched_leaves_none_behi
         timeout.close()
         wait_until(lambda: a.accepted == 1 and a.open == 0)
         assert not a.requests
+
+
+def test_a_client_that_leaves_while_an_address_is_connected_to_says_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+    trouble: list[BaseException] = [ClientFault(RESET), gevent.Timeout(), OSError('no route')]
+
+    def connect(family: int, where: tuple[str, int]) -> socket.socket:
+        tried.append(where[0])
+        if trouble and where[0] == '127.0.0.1':
+            raise trouble.pop(0)
+        return socket.socket(family)
+
+    def addresses(*_: object, **__: object) -> list[object]:
+        return [(socket.AF_INET, 0, 0, '', (host, 1)) for host in ('127.0.0.1', '127.0.0.2')]
+
+    monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
+    monkeypatch.setattr(socket, 'getaddrinfo', addresses)
+    name = HostName(Address(socket.AF_UNSPEC, 'x', 1), lambda _: None)
+    with pytest.raises(ClientFault):
+        name.connect()
+    with pytest.raises(gevent.Timeout):
+        name.connect()
+    for _ in range(2):
+        name.connect().close()
+    assert tried == ['127.0.0.1', '127.0.0.1', '127.0.0.2', '127.0.0.2']
