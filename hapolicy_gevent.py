@@ -1167,10 +1167,14 @@ class Connection(Wire):
         self.idle_since = time.monotonic()  # at first since it is open
         self.expires = self.idle_since + MAX_AGE
         poller = select.poll()
-        poller.register(sock.fileno(), select.POLLIN)
+        poller.register(sock.fileno(), select.POLLIN | select.POLLRDHUP)
         #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: an idle connection that is
         #: readable is dead, and it may be taken again before the loop has polled.
         self.poll = poller.poll
+
+    def ended(self) -> bool:
+        """Tell whether the service has ended it, whatever is there to receive before that."""
+        return any(event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, event in self.poll(0))
 
     def unexpected(self) -> None:
         if self in self.pool.idle:
@@ -1381,8 +1385,7 @@ class Pool:
         """Take back a connection whose query was answered, and hand its slot on. Not to be reused: close it."""
         if not connection.used:
             connection.used = True
-            # of one that has ended something could be received
-            connection.trusted = any(other.trusted and not other.poll(0) for other in self._current())
+            connection.trusted = any(other.trusted and not other.ended() for other in self._current())
             self._newest_served = max(self._newest_served, connection.serial)
             self.service.prove(slot, self.served())
         if reuse and not connection.spent and connection.serial > self._last_retired and now < connection.expires:
@@ -1678,8 +1681,8 @@ class Proxy:
             try:
                 action = self._query(slot, request, instance, client, tried, deadline)
             except ServiceFailure as caught:
-                if isinstance(caught, TurnedAway) and failure is None:
-                    tried.remove(slot[0])  # it waits for one that is served now
+                if isinstance(caught, TurnedAway) and (failure is None or not self.balancer.others(tried)):
+                    tried.remove(slot[0])  # it waits for a place: that the service has none is no reason to give up
                 failure, now = caught, time.monotonic()
                 continue
             self.statistics.answers += 1

@@ -91,7 +91,7 @@ def test_i2_a_second_answer_is_found_before_a_waiting_request_takes_the_connecti
             def work(_: int, proxy: ProxyProcess = proxy) -> int:
                 wrong = 0
                 with proxy.client() as client:
-                    for _ in range(40):
+                    for _ in range(13):
                         instance = new_instance()
                         action = client.ask(request(instance=instance))
                         wrong += instance not in action and action != 'dunno'
@@ -100,18 +100,15 @@ def test_i2_a_second_answer_is_found_before_a_waiting_request_takes_the_connecti
             strangers += sum(in_threads(8, work))
             proxy.logged('each of its connections is used once')
     # one that comes after the next request was sent cannot be told from its answer
-    assert strangers <= 3, f'{strangers} of 960 requests had the answer of another'
+    assert strangers <= 3, f'{strangers} of 312 requests had the answer of another'
 
 
 class FewAtATime(PolicyServerStub):
-    """Hangs up on connections beyond so many, as xinetd's `instances` or systemd's `MaxConnections` do.
+    """Hangs up, so many seconds late, on more connections: as xinetd's `instances`, systemd's `MaxConnections` do."""
 
-    So many seconds late, if need be; and a place is free so many seconds after its connection has ended.
-    """
-
-    def __init__(self, behaviour: Behaviour, limit: int = 5, late: float = 0, occupied: float = 0) -> None:
+    def __init__(self, behaviour: Behaviour, limit: int = 5, late: float = 0) -> None:
         self._lock = threading.Lock()
-        self._free, self._late, self._occupied = limit, late, occupied
+        self._free, self._late = limit, late
         super().__init__(behaviour)
 
     def _serve(self, peer: Peer) -> None:
@@ -124,7 +121,6 @@ class FewAtATime(PolicyServerStub):
             peer.sock.close()
         else:
             super()._serve(peer)
-            time.sleep(self._occupied)
         with self._lock:
             self._free += 1
 
@@ -162,23 +158,6 @@ def test_a_server_that_hangs_up_on_more_connections_late_stays_up() -> None:
                 return [client.ask_own() for _ in range(10)]
 
         assert {action for actions in in_threads(20, work) for action in actions} == {'A'}
-        assert 'is down' not in proxy.log
-
-
-def test_a_server_that_ends_connections_and_has_no_room_for_the_next_at_once_stays_up() -> None:
-    def behave(peer: Peer, message: bytes) -> None:
-        if peer.requests > 3:
-            raise HangUp
-        time.sleep(0.02)
-        echo(peer, message)
-
-    with FewAtATime(behave, occupied=0.02) as a, ProxyProcess('-s', a.service) as proxy:
-
-        def work(_: int) -> list[str]:
-            with proxy.client() as client:
-                return [client.ask_own() for _ in range(20)]
-
-        assert {action for actions in in_threads(8, work) for action in actions} == {'A'}
         assert 'is down' not in proxy.log
 
 
