@@ -1081,7 +1081,7 @@ def _connect_unix(sock: socket.socket, path: str) -> None:
             gevent.sleep(0.01)
 
 
-def connect_failure(error: OSError, family: int = socket.AF_INET) -> ServiceFailure:
+def connect_failure(error: OSError, family: int) -> ServiceFailure:
     """Return what an error in connecting says of the service: the one place where errno is judged."""
     if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
         return ServiceFailure(REFUSED, str(error.strerror).lower())
@@ -1284,10 +1284,14 @@ class Pool:
     def _check_quiet(self, connection: Connection, seconds: float) -> None:
         """See that a new connection stays quiet for so long before it is asked anything. Raises ServiceFailure."""
         give_up = time.monotonic() + seconds
-        while not connection.poll(0):
-            if time.monotonic() >= give_up:
-                return
-            gevent.sleep(self._settle / 10)
+        try:
+            while not connection.poll(0):
+                if time.monotonic() >= give_up:
+                    return
+                gevent.sleep(self._settle / 10)
+        except BaseException:  # the query is over, or its client has left
+            self.discard(connection)
+            raise
         if said := self.spoiled(connection):
             raise ServiceFailure(INVALID, f'{said} bytes before it was asked', connected=False)
         if served := sum(1 for other in self._current() if other.asked):
@@ -1361,11 +1365,7 @@ class Pool:
             raise ConnectionEnded(DROPPED, 'it hung up without an answer')
         connection = self.open()
         if not ended.used:
-            try:
-                self._check_quiet(connection, max(self._settle, min(SETTLE_LAST, 2 * lasted)))
-            except BaseException:
-                self.discard(connection)
-                raise
+            self._check_quiet(connection, max(self._settle, min(SETTLE_LAST, 2 * lasted)))
         return connection
 
     def _late(self, connection: Connection | None, slot: Slot, seconds: float, fair: bool) -> ServiceFailure:
@@ -1503,23 +1503,23 @@ class Queue:
             if service.in_flight >= service.limit:
                 return
             if waiter.takes(service):
-                self.waiters.remove(waiter)
-                waiter.handed.set(service.begin(time.monotonic()))
+                self._hand(waiter, service.begin(time.monotonic()))
 
     def try_stalled(self, service: Service) -> None:
         """Give one of those who wait for any service a slot of one that has stalled."""
         for waiter in self.waiters:
             if waiter.takes(service) and service.in_flight < service.limit:
-                self.waiters.remove(waiter)
-                waiter.handed.set(service.begin(time.monotonic()))
-                return
+                return self._hand(waiter, service.begin(time.monotonic()))
 
     def recall(self, service: Service) -> None:
         """Let all who wait for this service choose again: it went down, or stalled."""
         for waiter in list(self.waiters):
             if waiter.takes(service):
-                self.waiters.remove(waiter)
-                waiter.handed.set(None)
+                self._hand(waiter, None)
+
+    def _hand(self, waiter: Waiter, slot: Slot | None) -> None:
+        self.waiters.remove(waiter)
+        waiter.handed.set(slot)
 
 
 # ---------------------------------------------------------------------------

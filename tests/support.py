@@ -30,12 +30,16 @@ SCALE = float(os.environ.get('HAPOLICY_TEST_SCALE', '1'))
 _instances = itertools.count(1)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10, what: str = '') -> None:
-    """Poll until `condition` holds; fail after so many seconds."""
+#: Becomes the command in its arguments, to which systemd has handed sockets over.
+ACTIVATED = 'import os,sys; os.environ["LISTEN_PID"]=str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])'
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10, what: str | Callable[[], str] = '') -> None:
+    """Poll until `condition` holds; fail after so many seconds, saying what was waited for."""
     give_up = time.monotonic() + seconds * SCALE
     while not condition():
         if time.monotonic() > give_up:
-            raise AssertionError(f'not within {seconds}s: {what or condition}')
+            raise AssertionError(f'not within {seconds}s: {what() if callable(what) else what or condition}')
         time.sleep(0.01)
 
 
@@ -325,9 +329,7 @@ class ProxyProcess:
 
     def logged(self, text: str, seconds: float = 10) -> None:
         """Wait until the log holds `text`."""
-        with contextlib.suppress(AssertionError):
-            wait_until(lambda: text in self.log, seconds)
-        assert text in self.log, f'{text!r} not within {seconds}s in the log:\n{self.log[-2000:]}'
+        wait_until(lambda: text in self.log, seconds, lambda: f'{text!r} in the log:\n{self.log[-2000:]}')
 
     def client(self, seconds: float = 30) -> PostfixClient:
         """Connect as Postfix does."""

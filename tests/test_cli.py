@@ -16,6 +16,7 @@ import pytest
 
 import hapolicy_gevent
 from tests.support import (
+    ACTIVATED,
     MODULE,
     ROOT,
     ProxyProcess,
@@ -98,9 +99,8 @@ def test_an_address_that_cannot_be_listened_on_ends_the_start_with_status_1() ->
 
 def test_what_systemd_hands_over_is_checked(tmp_path: Path) -> None:
     def start(*arguments: str, count: str = '1', service: str = 'a=h:1') -> tuple[int, bytes]:
-        code = 'import os,sys; os.environ["LISTEN_PID"]=str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])'
         done = subprocess.run(
-            [sys.executable, '-c', code, sys.executable, str(MODULE), '-s', service, *arguments],
+            [sys.executable, '-c', ACTIVATED, sys.executable, str(MODULE), '-s', service, *arguments],
             env={**os.environ, 'LISTEN_FDS': count}, capture_output=True, timeout=30,
             pass_fds=[3], preexec_fn=lambda: os.dup2(handed.fileno(), 3),
         )  # fmt: skip

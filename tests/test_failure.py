@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import (
+    ACTIVATED,
     MODULE,
     SCALE,
     HangUp,
@@ -400,9 +401,8 @@ def test_socket_activation_and_readiness(tmp_path: Path) -> None:
         port = listener.getsockname()[1]
 
         def start() -> subprocess.Popen[bytes]:
-            code = 'import os,sys; os.environ["LISTEN_PID"]=str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])'
             return subprocess.Popen(
-                [sys.executable, '-c', code, sys.executable, str(MODULE), '-s', a.service],
+                [sys.executable, '-c', ACTIVATED, sys.executable, str(MODULE), '-s', a.service],
                 env={**os.environ, 'LISTEN_FDS': '1', 'NOTIFY_SOCKET': str(tmp_path / 'notify')},
                 pass_fds=[3], preexec_fn=lambda: os.dup2(listener.fileno(), 3),
             )  # fmt: skip
