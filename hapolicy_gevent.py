@@ -39,10 +39,12 @@ Server options:
   --socket-mode=MODE      octal permissions of unix sockets [default: 0666]
   --deadline=SECONDS      answer every request within this time; keep it below
                           Postfix's smtpd_policy_service_timeout [default: 90]
+  --failed=ACTION         returned in place of the default when a service is up,
+                          and all that were asked failed at this request
   --max-clients=N         clients served at once, more wait in the backlog
                           (what the descriptor limit carries)
-  --fall=N                late, invalid or dropped answers in a row that take a
-                          service down, those of a message once [default: 2]
+  --fall=N                failed mails in a row that take a service down while
+                          another is up [default: 2]
   --stall=SECONDS         a service silent for so long while it has requests
                           gets no new ones if another is up [default: 5]
   --grace=SECONDS         time to finish after SIGTERM or SIGINT [default: 30]
@@ -67,6 +69,7 @@ Exit status:
 import contextlib
 import errno
 import functools
+import heapq
 import itertools
 import math
 import operator
@@ -117,22 +120,32 @@ DEFAULT_MAX = 100
 #: Seconds to connect, inside the service's timeout: two lost SYNs (1 s + 2 s) and some room.
 CONNECT_TIMEOUT = 5.0
 
-#: Idle connections kept per service and their idle seconds; PgBouncer keeps 20, mtpolicyd drops at 60 s.
-MAX_IDLE, IDLE_SECONDS = 20, 60.0
+#: Seconds of silence behind an answer that prove that no second one follows.
+QUIET = 0.05
+#: Seconds after which a connection that was never silent for QUIET rests, before its next use.
+REST_AFTER = 1.0
+#: Seconds for which a message holds the connection that answered it, and how many are held at most.
+HOLD, MAX_IDLE = 1.0, 30
+#: Seconds for which the last idle connection is kept (as mtpolicyd does), and the others: a server may have few workers.
+LAST_IDLE, SPARE_IDLE = 60.0, 2.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
 MAX_AGE = 1000.0
-#: Seconds a connection that nothing vouches for must stay quiet after its answer before it is used again: a server
-#: that answers twice is found out before a stranger's request can meet the second answer. And a new one before it is
-#: asked, where there is reason to suspect that the service hangs up on it, or talks first; up to the second then.
-SETTLE, SETTLE_LAST = 0.05, 1.0
+#: Seconds between two connections that are given up of a service that is full.
+GIVE_UP = 2.0
 #: Seconds a connection waits for the lookup of its service's name before it takes the address of last time, and for one
 #: that is under way when it cannot connect there.
 LOOKUP, LOOKUP_LAST = 0.1, 1.0
 
-#: Seconds between probes of a down service: doubling from the first to the second, +-20 %.
-PROBE_FIRST, PROBE_LAST = 1.0, 30.0
-#: Seconds before a learned max is raised by one; doubles while the raise proves wrong, up to the second.
-RELEARN_FIRST, RELEARN_LAST = 60.0, 3600.0
+#: Seconds between looks at the checks that run.
+TICK = 0.05
+#: Seconds after which a check is unanswered, while others are answered: the service is full.
+UNANSWERED = 1.0
+#: Seconds without any answer after which a service is checked.
+UNHEARD = 30.0
+#: Seconds between checks of a service that is down: doubling from the first to the second, +-20 %.
+BACKOFF_FIRST, BACKOFF_LAST = 1.0, 30.0
+#: Mails at once for a service on trial, where no service is up.
+TRIALS = 5
 #: Messages whose service is remembered: twice this at most, ten minutes of a very busy site.
 MAX_INSTANCES = 20000
 #: Bytes of an instance that is remembered; Postfix's have about 30.
@@ -143,8 +156,9 @@ MAX_INSTANCE = 128
 LINGER = 1.0
 #: Seconds that are no time to ask a service: a request's last ones are for its default action; the shortest --deadline.
 TOO_SHORT, MIN_DEADLINE = 0.005, 0.1
-#: Seconds a request waits for a service that grows, before it asks the next: one that is well grows in a few ms.
-PATIENCE = 0.1
+#: Seconds a request waits for the service it was balanced to, before any other may have it; and before one may that
+#: gives no answers, which is mostly the doing of a slow message.
+PATIENCE, STALLED_AFTER = 0.1, 1.0
 
 #: HTTP connections served at once, the seconds each may last, and bytes of a request's headers.
 STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
@@ -193,10 +207,6 @@ class InvalidAnswer(HapolicyError):
     """The service's: an answer that Postfix would misread, or none."""
 
 
-class SurplusBytes(InvalidAnswer):
-    """The service's: more than one answer."""
-
-
 #: Why a client's connection is closed.
 TOO_LONG, TOO_SLOW, CUT_OFF = 'request too long', 'request too slow', 'left in mid-request'
 NOT_TAKEN, RESET = 'answer not taken', 'reset by the client'
@@ -212,22 +222,15 @@ class ClientFault(HapolicyError):
 
 
 class ServiceFailure(HapolicyError):
-    """The service's: a query got no usable answer; `reason` is one of FAILURES.
+    """The service's: a query got no usable answer; `reason` is one of FAILURES."""
 
-    One that never was `connected` is no fault of the message; one that is STARVED tells how many were `served`.
-    """
-
-    def __init__(self, reason: str, text: str, connected: bool = True, served: int = 0) -> None:
+    def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
-        self.reason, self.connected, self.served = reason, connected, served
+        self.reason = reason
 
 
-class ConnectionEnded(ServiceFailure):
-    """The service's, if it was a new one: a connection ended before the first byte of an answer."""
-
-
-class TurnedAway(ServiceFailure):
-    """Nobody's: a service hangs up on new connections, unasked, while others are served: it has no worker for more."""
+class Ended(ServiceFailure):
+    """Nobody's: a connection that had been used ended before the first byte of an answer."""
 
 
 # ---------------------------------------------------------------------------
@@ -237,6 +240,11 @@ class TurnedAway(ServiceFailure):
 
 
 EMPTY_LINE = re.compile(rb'\n\r?\n').search
+LINE_ENDS = b'\r\n'
+PRINTABLE = bytes(range(SPACE, 127))
+CONTROLS = bytes(range(SPACE + 1)) + b'\x7f'  # and the blank
+#: Control characters become '?'.
+VISIBLE = bytes(code if code >= SPACE and code != 127 else ord('?') for code in range(256))
 
 
 def end_of_message(data: bytes, start: int = 0) -> int:
@@ -259,8 +267,10 @@ class RequestBuffer:
     def take(self) -> bytes | None:
         """Return the next complete request, its empty line included, or None while there is none.
 
-        Raises ClientFault.
+        Empty lines before a request are skipped. Raises ClientFault.
         """
+        if not self._scanned:
+            self.data = self.data.lstrip(LINE_ENDS)
         data = self.data
         end = end_of_message(data, self._scanned)
         if not end or end > MAX_MESSAGE:
@@ -293,48 +303,41 @@ def instance_of(request: bytes) -> bytes | None:
     return instance if len(instance) <= MAX_INSTANCE else b''
 
 
-def check_action(action: bytes) -> bytes:
-    """Return the action without surrounding blanks.
+def clean_action(action: bytes) -> bytes:
+    """Return the action as Postfix is to get it: no surrounding blanks, and '?' for what is not printable UTF-8.
 
-    Raises InvalidAnswer for what Postfix would misread: an empty action or a bare number is a
-    permit (smtpd_check.c, check_table_result), bytes that are not UTF-8 make it use its own default.
+    Raises InvalidAnswer for an action that would be a permit that nobody meant: an empty one or a bare number
+    (smtpd_check.c, check_table_result). Bytes that are not UTF-8 would make Postfix use its own default, and it reads
+    up to a NUL only: the word that decides is kept whole.
     """
-    action = action.strip()
-    if not action:
+    word, *rest = re.split(rb'[\0- \x7f]+', action.strip(CONTROLS), maxsplit=1)
+    if not word:
         raise InvalidAnswer('an empty action')
-    if action.isdigit():
-        raise InvalidAnswer(f'the bare number {action[:40].decode()} as action')
-    if NUL in action:
-        raise InvalidAnswer('a NUL in the action')
-    if not action.isascii():
-        try:
-            action.decode()
-        except UnicodeDecodeError:
-            raise InvalidAnswer('an action that is not UTF-8') from None
-    return action
+    if word.isdigit() and not rest:
+        raise InvalidAnswer(f'the bare number {word[:40].decode()} as action')
+    text = b' '.join([word, *rest]).translate(VISIBLE)
+    return text.decode('ascii' if text.isascii() else 'utf-8', 'replace').replace('\ufffd', '?').encode()
 
 
-def parse_answer(data: bytes, closed: bool = False) -> bytes | None:
-    """Return the action of an answer, or None while it is incomplete; `closed` says no more will come.
+def parse_answer(data: bytes, closed: bool = False) -> tuple[bytes, bool] | None:
+    """Return the action of an answer and whether more than an answer came, or None while it is incomplete.
 
-    Read as Postfix reads it: other lines are skipped, the first `action` counts. LF or CRLF.
-    Raises InvalidAnswer.
+    Read as Postfix reads it: other lines are skipped, the first `action` counts. LF or CRLF. Empty lines behind an
+    answer are no more; `closed` says that nothing will follow. Raises InvalidAnswer.
     """
     if len(data) > MAX_MESSAGE:
         raise InvalidAnswer(f'an answer over {MAX_MESSAGE} bytes')
     if data[-2:] == b'\n\n' and data[:7] == b'action=' and LF not in (action := data[7:-2]):
         # nearly always: one line and the empty one, of a word first, no blank last, ASCII
-        if action > b'A' and action[-1] > SPACE and NUL not in action and action.isascii():
-            return action
-        return check_action(action)
+        if action > b'A' and action[-1] > SPACE and not action.translate(None, PRINTABLE):
+            return action, False
+        return clean_action(action), False
     end = end_of_message(data)
-    if 0 < end < len(data):
-        raise SurplusBytes('bytes after the end of the answer')
     if not end and not closed:
         return None
-    for line in data[: data.rfind(b'\n') + 1].split(b'\n'):
+    for line in data[: end or data.rfind(b'\n') + 1].split(b'\n'):
         if line.startswith(b'action='):
-            return check_action(line[7:])
+            return clean_action(line[7:]), end > 0 and data[end:].strip(LINE_ENDS) != b''
         if line.rstrip(b'\r') == b'action':
             raise InvalidAnswer('an action without a value')
     raise InvalidAnswer('an answer without an action' if end else 'the end of the connection in mid-answer')
@@ -344,11 +347,10 @@ def parse_answer(data: bytes, closed: bool = False) -> bytes | None:
 # Services and balancing: no I/O, `now` (monotonic seconds) is an argument
 # ---------------------------------------------------------------------------
 
-#: Why a query failed. The first two take a service down at once, the next three after --fall in a row,
-#: the rest are not the service's fault.
-REFUSED, UNREACHABLE, LATE, INVALID, DROPPED = 'refused', 'unreachable', 'timeout', 'invalid', 'dropped'
-STARVED, DEADLINE, DESCRIPTORS, INTERNAL = 'starved', 'deadline', 'descriptors', 'internal'
-FAILURES = (REFUSED, UNREACHABLE, LATE, INVALID, DROPPED, STARVED, DEADLINE, DESCRIPTORS, INTERNAL)
+#: Why a query failed. The first two take a service down at once; the last three are not the service's fault.
+REFUSED, UNREACHABLE, LATE, INVALID, DROPPED = JUDGED = ('refused', 'unreachable', 'timeout', 'invalid', 'dropped')
+DEADLINE, DESCRIPTORS, INTERNAL = 'deadline', 'descriptors', 'internal'
+FAILURES = (*JUDGED, DEADLINE, DESCRIPTORS, INTERNAL)
 
 UP, TRIAL, DOWN = 'up', 'trial', 'down'
 
@@ -457,51 +459,44 @@ def parse_address(text: str) -> tuple[Address, str]:
     return Address(family, host, parse_number(found[3], 'port', 1, 65535)), found[4]
 
 
-class Service:
-    """One policy server: its settings, its health and its room for requests. Pure: it never does I/O.
+class Settings:
+    """What a -s option and the options for all services say of one policy server."""
 
-    States: UP takes up to `max` requests; DOWN takes none until a probe connects; TRIAL takes one
-    at a time until one is answered. `in_flight` requests hold a slot, `waiting` ones will. A
-    generation ends when the service goes down: what was in flight then no longer counts, neither
-    for its room nor for its health.
-
-    How many it may get comes of three numbers: `max` is what was set, `learned` how many connections it was found to
-    serve at most, `proven` how many it was seen to serve at once. resize() makes `cap`, `limit` and `room` of them.
-    """
-
-    # with more than 30 attributes an instance without slots has a dict that Python 3.11 looks up at full length
-    __slots__ = (
-        'address', 'backoff', 'cap', 'clogged', 'failed_instance', 'failures', 'fall', 'generation', 'in_a_row',
-        'in_flight', 'latency', 'learned', 'limit', 'max', 'name', 'prio', 'probe_at', 'proven',
-        'queries', 'quiet_since', 'raise_at', 'raise_wait', 'room', 'since', 'stall', 'stalled_seen', 'starved_at',
-        'starved_instance', 'state', 'timeout', 'verdicts', 'waiting', 'weight', 'where', 'why',
-    )  # fmt: skip
+    __slots__ = ('address', 'fall', 'max', 'name', 'prio', 'stall', 'timeout', 'weight', 'where')
 
     def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
                  timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
-        self.name, self.address, self.prio, self.weight = name, address, prio, weight
-        self.timeout, self.max = timeout, maximum
-        self.fall = 2  # failures in a row that take it down (--fall)
-        self.stall = 5.0  # seconds without an answer that stop new requests (--stall)
-        self.where = str(address)
-        self.state, self.since = UP, 0.0  # since when it is up, or no longer (0: unknown)
-        self.generation = 0
-        self.in_flight = self.waiting = 0
-        self.proven = 0  # requests at once that were seen to be served
-        self.learned, self.starved_at = maximum, -RELEARN_LAST  # what it seems to serve at most, and when that was seen
-        self.raise_at = self.raise_wait = 0.0
-        self.cap = self.room = maximum
-        self.limit = 1
-        self.clogged = False  # a request waited for it in vain, and it has answered nothing since
-        self.quiet_since = 0.0  # last answer, or when the first of those in flight was sent
-        self.in_a_row, self.failed_instance, self.starved_instance = 0, b'', b''
-        self.probe_at, self.backoff = 0.0, PROBE_FIRST
-        self.stalled_seen = False
+        self.name, self.address, self.where = name, address, str(address)
+        self.prio, self.weight = prio, weight
+        self.timeout = timeout  # seconds for a whole query
+        self.max = maximum  # connections and checks at once
+        self.fall = 2  # failures in a row that take it down
+        self.stall = 5.0  # seconds without an answer while mail is in flight
+
+
+class Service(Settings):
+    """One policy server: its settings, its counters, and whether it is up. Pure: it never does I/O.
+
+    States: UP takes mail; DOWN takes none until a check passes; TRIAL takes some mails at a time until one is
+    answered. A check is our own question to it, asked on a new connection. Mail alone takes it down only beside
+    another service that is up: what a stranger can send is no proof.
+    """
+
+    __slots__ = ('answered_at', 'blamed', 'changed', 'failures', 'heard_at', 'in_a_row', 'latency', 'queries', 'since',
+                 'state', 'verdicts', 'why')  # fmt: skip
+
+    def __init__(self, *settings: Any, **more: Any) -> None:
+        super().__init__(*settings, **more)
+        self.state, self.since, self.why = UP, 0.0, 'never down'
+        self.blamed = False  # mail took it down, or put it on trial: it stays on trial until mail is answered
+        self.in_a_row: deque[str] = deque(maxlen=1000)  # why mails failed since the last that was answered
+        self.answered_at = 0.0  # the last mail
+        self.heard_at = 0.0  # the last answer, also to a check
         self.queries = 0
         self.failures = dict.fromkeys(FAILURES, 0)
         self.verdicts = dict.fromkeys(VERDICTS, 0)  # of its answers
         self.latency = Latency()  # of its answers, from the request to the answer
-        self.why = 'never down'  # why it is up again, or no longer
+        self.changed: Callable[[Service, str, float], None] = lambda service, text, now: None
 
     @property
     def answers(self) -> int:
@@ -513,151 +508,56 @@ class Service:
         """Queries that got no usable answer."""
         return sum(self.failures.values())
 
-    @property
-    def able(self) -> bool:
-        """Whether it can be expected to answer: one that waits on trial can, one that has its trial may not."""
-        return self.state is UP or (self.state is TRIAL and not self.in_flight)
-
-    def answered_since(self, slot: Slot) -> bool:
-        """Tell whether it has answered others since a slot was taken; of a slot from before it went down: no."""
-        return slot[1] == self.generation and self.quiet_since > slot[2]
-
-    def stalled(self, now: float) -> bool:
-        """Tell whether requests are in flight and not one was answered for `stall` seconds."""
-        return now - self.quiet_since > self.stall and self.in_flight > 0
-
-    def resize(self) -> None:
-        """Work out how many requests it may get.
-
-        Beyond `cap` the next service is asked. Beyond `limit`, twice of what is proven and no more
-        than was learned, a request waits for this one a moment; not if it is clogged: `room` is the
-        limit then, else the cap.
-        """
-        self.cap = {UP: self.max, TRIAL: 1, DOWN: 0}[self.state]
-        self.limit = min(self.cap, self.learned, max(1, 2 * self.proven))
-        self.room = self.limit if self.clogged else self.cap
-
-    def begin(self, now: float) -> Slot:
-        """Take a slot for a request."""
-        if not self.in_flight:
-            self.quiet_since = now
-        self.in_flight += 1
-        return self, self.generation, now
-
-    def leave(self, slot: Slot) -> None:
-        """Give the slot back of a request that was abandoned."""
-        if slot[1] == self.generation:
-            self.in_flight -= 1
-
-    def prove(self, slot: Slot, served: int) -> None:
-        """Note that a new connection was answered, one of `served` that are open and were."""
-        if slot[1] == self.generation and max(self.in_flight + 1, served) > self.proven:  # its own is given back
-            self.proven += 1
-            self.resize()
-
-    def clog(self) -> None:
-        """Note that a request has waited for it in vain: the next ones are not to wait as long."""
-        self.clogged = True
-        self.resize()
-
-    def widen(self) -> None:
-        """Grow although nothing more is proven: requests have waited for long, it answers but slowly."""
-        self.proven = min(self.max, max(1, 2 * self.proven))
-        self.resize()
-
-    def answered(self, slot: Slot, action: bytes, now: float) -> str:
-        """Note an answer and give the slot back; return what to log of a change of state, '' without one."""
+    def answered(self, action: bytes, since: float, now: float) -> None:
+        """Count an answer to a mail that was sent at `since`."""
         self.verdicts[VERDICT_OF.get(action.partition(b' ')[0]) or verdict(action)] += 1
-        add = self.latency.add
-        add(now - slot[2])
-        if slot[1] != self.generation:
-            return ''
-        self.in_flight -= 1
-        self.quiet_since = now
-        self.in_a_row = 0
-        if self.clogged:
-            self.clogged = False
-            self.resize()
-        return '' if self.state is UP else self.turn(UP, 'answered again', now)
+        self.latency.add(now - since)
 
-    def fail(self, reason: str, instance: bytes, slot: Slot, now: float) -> str:
-        """Note a failed query and give the slot back; return what to log of a change of state, '' without one."""
-        self.failures[reason] += 1
-        if slot[1] != self.generation:
-            return ''
-        self.in_flight -= 1
-        if reason in (STARVED, DEADLINE, DESCRIPTORS, INTERNAL) or (reason is LATE and self.answered_since(slot)):
-            return ''  # no news of the service; where others are answered it was a slow request
-        # one poisonous message, asked about again? On trial a late answer is too dear to try that again
-        poison = reason in (INVALID, DROPPED) or (reason is LATE and self.state is UP)
-        if poison and instance and self.in_a_row and instance == self.failed_instance:
-            return ''
-        self.in_a_row += 1
-        self.failed_instance = instance
-        if self.state is UP and self.in_a_row < self.fall and reason not in (REFUSED, UNREACHABLE):
-            return ''
-        return self._down(reason, now)
+    def mail_answered(self, now: float) -> None:
+        """Note that a mail was answered that was sent in this state."""
+        self.answered_at = self.heard_at = now
+        if self.in_a_row:
+            self.in_a_row.clear()
+        if self.state is not UP:
+            self.blamed = False
+            self.turn(UP, 'mail was answered', now)
 
-    def _down(self, reason: str, now: float) -> str:
-        if self.state is UP:
-            self.backoff = PROBE_FIRST / 2
-        self.probe_failed(now)
+    def mail_failed(self, reason: str, since: float, alone: bool, crowded: bool, now: float) -> None:
+        """Note that a mail failed that was sent at `since`; alone: no other service is up; crowded: mail waits for it.
+
+        A late answer says nothing if a mail that was sent meanwhile was answered, or could not be sent: strangers'
+        slow messages may hold every place. The last service that is up is never taken down by mail.
+        """
+        late = reason is LATE
+        if self.state is DOWN or reason not in JUDGED or (late and (self.answered_at > since or (alone and crowded))):
+            return
+        self.in_a_row.append(reason)
+        last = list(self.in_a_row)[-self.fall :]
+        fallen = len(last) == self.fall
         if reason in (REFUSED, UNREACHABLE):
-            self.learned, self.raise_wait = self.max, 0.0  # it may come back with more workers
-        self.generation += 1
-        self.in_flight = self.proven = 0
-        times = f' {self.in_a_row} times in a row' if self.in_a_row > 1 else ''
-        return self.turn(DOWN, reason + times, now)
+            self.turn(DOWN, reason, now)
+        elif not alone and (fallen or self.state is TRIAL):
+            self.blamed = True
+            self.turn(DOWN, f'mail failed {len(self.in_a_row)} times in a row, the last: {reason}', now)
+        elif alone and self.state is UP and fallen and all(each is LATE for each in last):
+            self.blamed = True
+            self.turn(TRIAL, f'{self.fall} mails in a row had no answer in time, but its check has one', now)
 
-    @staticmethod
-    def jitter() -> float:
-        """Return a factor from 0.8 to 1.2: proxies that saw one server die are not to probe it together."""
-        return 0.8 + 0.4 * os.urandom(1)[0] / 255
+    def check_passed(self, now: float) -> None:
+        """Note that it answered a check: if it was down it is up, or on trial if mail took it down."""
+        if self.state is DOWN:
+            self.turn(TRIAL if self.blamed else UP, 'its check passed', now)
 
-    def probe_failed(self, now: float) -> None:
-        """Note that a probe could not connect, or its trial failed: wait twice as long for the next."""
-        self.backoff = min(PROBE_LAST, self.backoff * 2)
-        self.probe_at = now + self.backoff * self.jitter()
-
-    def turn(self, state: str, why: str, now: float) -> str:
-        """Change the state; return what to log."""
+    def turn(self, state: str, why: str, now: float) -> None:
+        """Change the state, and report it."""
         lasted = f' ({UP if self.state is UP else DOWN} for {now - self.since:.1f}s)' if self.since else ''
         if UP in (state, self.state):  # all from the failure to the first answer is one outage
             self.since = now
-        if state is not TRIAL:
+        if state is not TRIAL or self.state is UP:
             self.why = why
-        self.state, self.clogged = state, False
-        if state is UP:
-            self.in_a_row = 0
-        self.resize()
-        return f'[{self.name}] ({self.where}) is {state}: {why}{lasted}'
-
-    def starve(self, served: int, instance: bytes, now: float, sure: bool = False) -> str:
-        """Note that a connection found no worker while `served` others were answered; return what to log.
-
-        A prefork server serves as many connections as it has children; one more is accepted by the
-        kernel and never read, or closed. Asking it less is the cure, not taking it down. If it is not `sure`, as one
-        message may be slow, the second within a minute is believed. Where none stays open nothing is said of how many.
-        """
-        alone = not sure and ((now - self.starved_at > RELEARN_FIRST and self.learned == self.max)
-                              or (instance != b'' and instance == self.starved_instance))  # fmt: skip
-        self.starved_at, self.starved_instance = now, instance
-        if alone or not 0 < served < self.learned:  # of a burst, the first alone says something new
-            return ''
-        self.learned = served
-        self.raise_wait = min(RELEARN_LAST, self.raise_wait * 2) if self.raise_wait else RELEARN_FIRST
-        self.raise_at = now + self.raise_wait
-        self.resize()
-        return (f'[{self.name}] ({self.where}) seems to serve no more than {self.learned} connections at once:'
-                f" asking no more of it; set its max to that ('{self.name}=...:{self.prio}:{self.weight}"
-                f":{self.timeout:g}:{self.learned}') or give it more workers")  # fmt: skip
-
-    def relearn(self, now: float) -> None:
-        """Raise a learned max by one when its time has come."""
-        if self.learned < self.max and self.state is UP and now >= self.raise_at:
-            self.learned += 1
-            self.raise_at = now + self.raise_wait
-            self.resize()
+        self.state = state
+        self.in_a_row.clear()
+        self.changed(self, f'[{self.name}] ({self.where}) is {state}: {why}{lasted}', now)
 
 
 def parse_service(text: str) -> Service:
@@ -682,22 +582,18 @@ def parse_service(text: str) -> Service:
                          ' or <name>=unix:/path[:<prio>...]') from None  # fmt: skip
 
 
-#: A service, the generation in which a slot of it was taken, and when (monotonic seconds).
-Slot: TypeAlias = 'tuple[Service, int, float]'
-
-
-def one_cycle(services: Sequence[Service]) -> Iterator[Service]:
-    """Yield each service as often as its weight says, interleaved: smooth weighted round robin (as nginx's).
+def one_cycle(pools: Sequence[Pool]) -> Iterator[Pool]:
+    """Yield each as often as its service's weight says, interleaved: smooth weighted round robin (as nginx's).
 
     All gain their weight at each turn; the richest has the turn and pays what all gained.
     """
-    weights = [service.weight for service in services]
+    weights = [pool.service.weight for pool in pools]
     total = sum(weights)
-    credit = dict.fromkeys(services, 0)
+    credit = dict.fromkeys(pools, 0)
     for _ in range(total // max(1, math.gcd(*weights))):
-        for service in services:
-            credit[service] += service.weight
-        richest = max(services, key=credit.__getitem__)
+        for pool in pools:
+            credit[pool] += pool.service.weight
+        richest = max(pools, key=credit.__getitem__)
         credit[richest] -= total
         yield richest
 
@@ -705,59 +601,78 @@ def one_cycle(services: Sequence[Service]) -> Iterator[Service]:
 class Balancer:
     """Chooses a service for each request: affinity by instance, then prio, then weight.
 
-    The cycle of each prio is laid out when one of its services comes or goes: shares are exact over
-    a cycle, nobody has a burst at its return, and a choice among twenty that have room costs what one among two does.
+    The cycle of each prio is made when a service changes its state: shares are exact over a cycle, and nobody has a
+    burst at its return.
     """
 
-    def __init__(self, services: Iterable[Service]) -> None:
-        self.services = sorted(services, key=lambda service: service.prio)
-        self._rounds: dict[int, Callable[[], Iterator[Service]]] = {}  # by prio: yields each turn of a cycle once
-        for service in {service.prio: service for service in self.services}.values():
-            self.lay_out(service)
-        self._bound: dict[bytes, Service] = {}  # by instance, the longest known first
+    def __init__(self, pools: Iterable[Pool]) -> None:
+        self.pools = sorted(pools, key=lambda pool: pool.service.prio)
+        self.up = 0  # services that are up
+        self._rounds: list[Callable[[], Iterator[Pool]]] = []  # for each prio: yields each turn of a cycle once
+        self._bound: dict[bytes, Pool] = {}  # by instance, the longest known first
+        self.update()
 
-    def lay_out(self, service: Service) -> None:
-        """Begin the cycle of a service's prio anew: one of it came or went."""
-        there = [other for other in self.services if other.prio == service.prio and other.state is not DOWN]
-        turns = list(one_cycle(there))
-        self._rounds[service.prio] = functools.partial(itertools.islice, itertools.cycle(turns), len(turns))
+    def update(self) -> None:
+        """Work out how many mails each service may have at once, and the cycles: a service changed its state.
 
-    def choose(self, instance: bytes, tried: Sequence[Service], now: float,
-               stalled_too: bool = False) -> Service | None:  # fmt: skip
-        """Return the service to ask, not one of `tried`; None if none has room.
-
-        A stalled service is chosen only when all that are up have stalled.
+        A service on trial has one, or some where none is up. So has one that is down because it hung up on its check,
+        or answered rubbish: perhaps it cannot be checked, and answers mail.
         """
+        self.up = sum(pool.service.state is UP for pool in self.pools)
+        for pool in self.pools:
+            service, trial = pool.service, 1 if self.up else TRIALS
+            pool.places = (service.max if service.state is UP else trial if service.state is TRIAL
+                           else TRIALS if not self.up and pool.checker.reason in (DROPPED, INVALID) else 0)  # fmt: skip
+        self._rounds = []
+        for _, group in itertools.groupby(self.pools, key=lambda pool: pool.service.prio):
+            turns = list(one_cycle([pool for pool in group if pool.places]))
+            if turns:
+                self._rounds.append(functools.partial(itertools.islice, itertools.cycle(turns), len(turns)))
+
+    def alone(self, service: Service) -> bool:
+        """Tell whether no other service is up."""
+        return self.up == (service.state is UP)
+
+    def choose(self, instance: bytes, tried: Sequence[Pool], now: float) -> Pool | None:
+        """Return the pool to take a connection of, or to wait for a moment; None to wait for any."""
         if instance:
             bound = self._bound.get(instance)
-            if (bound is not None and bound.in_flight + bound.waiting < bound.room
-                    and bound not in tried and not bound.stalled(now)):  # fmt: skip
+            if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
                 return bound
-        for turns in self._rounds.values():
-            for service in turns():
-                if service.in_flight + service.waiting >= service.room or service in tried:
+        for turns in self._rounds:
+            waits = False
+            for pool in turns():
+                if pool in tried or pool.stalled(now):
                     continue
-                # the first saves a call, nearly always
-                if now - service.quiet_since < service.stall or stalled_too or not service.stalled(now):
-                    self.bind(instance, service)
-                    return service
-        return None if stalled_too or self.lively(tried, now) else self.choose(instance, tried, now, True)
+                if pool.idle or pool.ready(now):
+                    self.bind(instance, pool)
+                    return pool
+                waits = waits or pool.service.state is UP
+            if waits:  # the next prio is for requests that have waited
+                return None
+        return None
 
-    def bind(self, instance: bytes, service: Service) -> None:
+    def candidates(self, first: Pool | None, tried: Sequence[Pool], waited: float, now: float) -> list[Pool]:
+        """Return the pools that a request may wait for which has waited for so many seconds, best first.
+
+        At first the one that was chosen for it alone, so that shares hold, or those of one prio; then all; and at last
+        those that have stalled, which may be the doing of a slow message. None of a service whose trial is taken.
+        """
+        there = [pool for pool in self.pools if pool not in tried and pool.admits()]
+        answering = there if waited >= STALLED_AFTER else [pool for pool in there if not pool.stalled(now)] or there
+        if waited >= PATIENCE or not answering:
+            return answering
+        if first is not None and first in answering:
+            return [first]
+        return [pool for pool in answering if pool.service.prio == answering[0].service.prio]
+
+    def bind(self, instance: bytes, pool: Pool) -> None:
         """Remember the service of a message, whose other requests are to go there."""
         if not instance:
             return
         if len(self._bound) >= 2 * MAX_INSTANCES:  # half at once: one by one costs more
             self._bound = dict(itertools.islice(self._bound.items(), MAX_INSTANCES, None))
-        self._bound[instance] = service
-
-    def others(self, tried: Sequence[Service]) -> list[Service]:
-        """Return the services that are worth waiting for: up, and not yet tried."""
-        return [service for service in self.services if service.state is UP and service not in tried]
-
-    def lively(self, tried: Sequence[Service], now: float) -> bool:
-        """Tell whether one of those has not stalled."""
-        return not all(service.stalled(now) for service in self.others(tried))
+        self._bound[instance] = pool
 
 
 # ---------------------------------------------------------------------------
@@ -1008,7 +923,6 @@ class Wire:
 
     def _readable(self) -> None:
         if self._waits:
-            self._waits = False
             self.user.switch()
         else:
             self.unexpected()
@@ -1017,13 +931,20 @@ class Wire:
         """Called in the hub when there is something to receive and nobody waits: must not block."""
         raise NotImplementedError
 
+    def wait(self) -> None:
+        """Sleep until there is something to receive."""
+        self._waits = True
+        try:
+            SWITCH_TO(self._hub)
+        finally:
+            self._waits = False
+
     def receive(self) -> bytes | None:
         """Sleep until there is something to receive; return it, b'' at the end, None if woken for nothing.
 
         Raises OSError.
         """
-        self._waits = True
-        SWITCH_TO(self._hub)  # who catches what is thrown in here must close this connection: _waits is still set
+        self.wait()
         recv = self._recv  # called as self._recv() it is looked for as a method first, at full length
         try:
             return recv(RECEIVE)
@@ -1054,14 +975,14 @@ class Wire:
         self.socket.close()
 
 
-def connect(family: int, where: Any) -> socket.socket:
-    """Return a socket connected to a path, or to the numbers of an address. Raises OSError."""
+def connect(family: int, where: Any, seconds: float = CONNECT_TIMEOUT) -> socket.socket:
+    """Return a socket connected to a path, or to the numbers of an address, within so many seconds. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if family == socket.AF_UNIX:
             _connect_unix(sock, where)
         else:
-            sock.settimeout(CONNECT_TIMEOUT)
+            sock.settimeout(seconds)
             sock.connect(where)
     except BaseException:
         sock.close()
@@ -1086,11 +1007,21 @@ def connect_failure(error: OSError, family: int) -> ServiceFailure:
     if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
         return ServiceFailure(REFUSED, str(error.strerror).lower())
     if isinstance(error, TimeoutError):
-        return ServiceFailure(LATE, f'no connection within {CONNECT_TIMEOUT:g}s', connected=False)
+        return ServiceFailure(LATE, 'no connection in time')
+    if isinstance(error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)):
+        return ServiceFailure(DROPPED, 'it hung up at once')
     ports = error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET  # or there is no IPv6 here
     if ports or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
         return ServiceFailure(DESCRIPTORS, error.strerror or str(error))
     return ServiceFailure(UNREACHABLE, error.strerror or str(error))
+
+
+def connector(address: Address, report: Callable[[str], None]) -> Callable[[], socket.socket]:
+    """Return what connects to a service's address."""
+    family, host, port = address
+    if family == socket.AF_UNSPEC or (family == socket.AF_INET6 and '%' in host):
+        return HostName(address, report).connect
+    return functools.partial(connect, family, host if family == socket.AF_UNIX else (host, port))
 
 
 class HostName:
@@ -1138,7 +1069,7 @@ class HostName:
         failure = None if known else OSError(errno.EHOSTUNREACH, self._trouble)
         for address in sorted(known, key=self._failed.__contains__):
             try:
-                sock = connect(*address)
+                sock = connect(*address, CONNECT_TIMEOUT / len(known))
             except (OSError, gevent.Timeout) as error:
                 self._failed.add(address)
                 if isinstance(error, gevent.Timeout):  # the query is over
@@ -1152,73 +1083,173 @@ class HostName:
         raise failure
 
 
+#: What Postfix asks of smtpd_client_restrictions, with all attributes of Postfix 3.12: no sender and no recipient, so
+#: nothing to remember or to count, and an address that nobody looks up.
+CHECK = (b'request=smtpd_access_policy\nprotocol_state=CONNECT\nprotocol_name=SMTP\nclient_address=127.0.0.1\n'
+         b'client_name=localhost\nclient_port=0\nreverse_client_name=localhost\nserver_address=127.0.0.1\n'
+         b'server_port=25\nhelo_name=\nsender=\nrecipient=\nrecipient_count=0\nqueue_id=\ninstance=\nsize=0\n'
+         b'etrn_domain=\nstress=\nsasl_method=\nsasl_username=\nsasl_sender=\nccert_subject=\nccert_issuer=\n'
+         b'ccert_fingerprint=\nccert_pubkey_fingerprint=\nencryption_protocol=\nencryption_cipher=\n'
+         b'encryption_keysize=0\ntls_sni=\npolicy_context=\ncompatibility_level=3.6\nmail_version=3.12\n\n')  # fmt: skip
+#: What may come behind an answer: the end of the connection, or more bytes.
+ENDED, SURPLUS = 'ended', 'surplus'
+#: How the connections of a service are used: again if they passed a check; once each, without a check, if the service
+#: ends them or says more; or again without a check, where there are none or the service answers mail alone.
+CHECKED, SINGLE_USE, SAYS_MORE, UNCHECKED = 'checked', 'single use', 'says more', 'unchecked'
+
+
 class Connection(Wire):
-    """A connection to a service: one query at a time, or idle in its pool."""
+    """A connection to a server: it decides what is an answer. One request at a time."""
 
-    __slots__ = ('asked', 'expires', 'idle_since', 'poll', 'pool', 'serial', 'spent', 'trusted', 'used')
+    __slots__ = ('_data', 'carried', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'silent_at', 'since', 'spent',
+                 'used')  # fmt: skip
 
-    def __init__(self, sock: socket.socket, pool: Pool, serial: int) -> None:
-        super().__init__(sock)
-        self.pool, self.serial = pool, serial
-        self.asked = False  # a request was sent by it,
-        self.used = False  # and an answer has come
-        self.trusted = False  # to send one answer to a request
+    def __init__(self, pool: Pool, now: float) -> None:
+        """Make one that is not open yet: the first ask() opens it."""
+        self.pool = pool
+        self.since = self.idle_since = now  # when its last request was sent, and when it was answered
+        self.expires = now + MAX_AGE
+        self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
+        self.used = self.carried = False  # it answered something; it answered mail
         self.spent = False  # not to be used again
-        self.idle_since = time.monotonic()  # at first since it is open
-        self.expires = self.idle_since + MAX_AGE
+        self.holder: Client | None = None  # whose message was answered by it last
+        #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: it may be taken again before the
+        #: loop has polled. None while it is not open.
+        self.poll: Callable[[int], list[tuple[int, int]]] | None = None
+        self._data = b''
+
+    def open(self) -> None:
+        """Connect. Raises ServiceFailure."""
+        pool = self.pool
+        pool.trace('Opening socket to')
+        try:
+            sock = pool.connect()
+        except OSError as error:
+            raise connect_failure(error, pool.service.address.family) from None
+        super().__init__(sock)
         poller = select.poll()
         poller.register(sock.fileno(), select.POLLIN | select.POLLRDHUP)
-        #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: an idle connection that is
-        #: readable is dead, and it may be taken again before the loop has polled.
         self.poll = poller.poll
+        pool.trace('Connection established to')
+        if pool.use is SAYS_MORE and (said := self.listen(QUIET)):
+            raise ServiceFailure(DROPPED if said is ENDED else INVALID, 'it hung up, or spoke, before it was asked')
 
-    def ended(self) -> bool:
-        """Tell whether the service has ended it, whatever is there to receive before that."""
-        return any(event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, event in self.poll(0))
+    def ask(self, request: bytes, now: float) -> bytes:
+        """Send a request and return the action of its answer; the caller bounds the time. Raises ServiceFailure.
+
+        One that was in use for a second and never silent rests first: behind a surplus answer each request would
+        read its predecessor's for as long as the next one comes at once.
+        """
+        idle = now - self.idle_since
+        again = self.carried or (self.used and idle > QUIET)
+        if self.poll is None:
+            self.open()
+        else:
+            if idle >= QUIET:
+                self.silent_at = now
+            elif now - self.silent_at > REST_AFTER:
+                if self.listen(QUIET - idle):
+                    raise Ended(DROPPED, 'it was not silent between two requests')
+                self.silent_at = now
+        self._data = b''
+        try:
+            self.send(request)
+            while (chunk := self.receive()) != b'':
+                if chunk and (action := self._take_in(chunk)) is not None:
+                    return action
+        except OSError:
+            pass  # ended by a reset: as good as closed
+        return self._after_end(again)
+
+    def arrived(self) -> bytes | None:
+        """Return the action if a whole answer came while we did not run. Raises ServiceFailure."""
+        with contextlib.suppress(OSError):
+            while self.poll is not None and self.poll(0) and (chunk := self._recv(RECEIVE)):
+                if (action := self._take_in(chunk)) is not None:
+                    return action
+        return None
+
+    def _take_in(self, chunk: bytes) -> bytes | None:
+        if self._data:
+            seen = len(self._data)
+            self._data += chunk
+            if not end_of_message(self._data, max(1, seen - 2)) and len(self._data) <= MAX_MESSAGE:
+                return None  # all of one that drips is not to be read again at each drop
+        else:  # behind the last answer, an empty line too many may have come late
+            self._data = chunk.lstrip(LINE_ENDS) if self.used and chunk[0] <= CR else chunk
+            if not self._data:
+                return None
+        try:
+            answer = parse_answer(self._data)
+        except InvalidAnswer as error:
+            raise ServiceFailure(INVALID, str(error)) from None
+        if answer is None:
+            return None
+        action, surplus = answer
+        self.used = True
+        if surplus:
+            self.spent = True
+            self.pool.said_more('more than one answer to a request')
+        return action
+
+    def _after_end(self, again: bool) -> bytes:
+        self.spent = True
+        if not self._data:
+            raise (Ended if again else ServiceFailure)(DROPPED, 'it hung up without an answer')
+        try:
+            answer = parse_answer(self._data, closed=True)
+        except InvalidAnswer as error:
+            raise ServiceFailure(DROPPED, str(error)) from None
+        assert answer is not None
+        self.used = True
+        return answer[0]
+
+    def check(self) -> tuple[str, bytes]:
+        """Ask our own question; return what came behind the answer, as look() does, and the action.
+
+        Raises ServiceFailure.
+        """
+        action = self.ask(CHECK, time.monotonic())
+        self.pool.service.heard_at = time.monotonic()
+        if self.spent:
+            return (SURPLUS if self.pool.use is SAYS_MORE else ENDED), action
+        return self.listen(QUIET), action
+
+    def look(self) -> str:
+        """Return what came that nobody asked for: ENDED, SURPLUS, or '' for nothing, or for empty lines."""
+        try:
+            while data := self._recv(RECEIVE):
+                if data.strip(LINE_ENDS):
+                    return SURPLUS
+        except BlockingIOError:
+            return ''
+        except OSError:
+            pass
+        return ENDED
+
+    def listen(self, seconds: float) -> str:
+        """Return what came within so many seconds, as look() does."""
+        said = ''
+        with gevent.Timeout(seconds, False):  # type: ignore[arg-type]
+            while not (said := self.look()):
+                self.wait()
+        return said or self.look()
 
     def unexpected(self) -> None:
-        if self in self.pool.idle:
-            self.pool.spoiled(self)
+        if self in self.pool.idle or self in self.pool.held:
+            if said := self.look():
+                self.pool.drop(self, said)
         else:
             self._watcher.stop()  # still sending
 
     def send_slowly(self, data: bytes) -> None:
         super().send_slowly(data)
         if not self._watcher.active:
-            self._watcher.start(self._readable)  # for exchange() to receive it
+            self._watcher.start(self._readable)  # for ask() to receive it
 
-    def exchange(self, request: bytes) -> bytes:
-        """Send a request and return the action of its answer.
-
-        Raises ServiceFailure.
-        """
-        data, self.asked = b'', True
-        try:
-            self.send(request)
-            while (chunk := self.receive()) != b'':
-                if chunk:
-                    seen = len(data)
-                    data += chunk
-                    if seen and not end_of_message(data, max(1, seen - 2)) and len(data) <= MAX_MESSAGE:
-                        continue  # all of one that drips is not to be read again at each drop
-                    action = parse_answer(data)
-                    if action is not None:
-                        return action
-        except InvalidAnswer as error:
-            if isinstance(error, SurplusBytes):
-                self.pool.distrust(str(error))  # the next time the two answers may come apart
-            raise ServiceFailure(INVALID, str(error)) from None
-        except OSError:
-            pass  # ended by a reset: as good as closed
-        self.spent = True
-        if not data:
-            raise ConnectionEnded(DROPPED, 'it hung up without an answer')
-        try:
-            action = parse_answer(data, closed=True)
-        except InvalidAnswer as error:
-            raise ServiceFailure(DROPPED, str(error)) from None
-        assert action is not None
-        return action
+    def close(self) -> None:
+        if self.poll is not None:
+            super().close()
 
 
 class QueryTimeout(gevent.Timeout):
@@ -1239,287 +1270,566 @@ class QueryTimeout(gevent.Timeout):
         self.again, self.stop = self.timer.again, self.timer.stop
 
 
-class Pool:
-    """The connections to one service.
+class Checker:
+    """Decides whether one more connection to a service may be opened, by checks: grow() alone starts them.
 
-    A connection is busy with one query, idle, or closed; one on which a query was abandoned is closed. Idle ones are
-    used last in, first out, so that the others can expire. One that is `spent` is closed after its answer, as are all
-    that were opened, or begun to be, before the service went down: they would say nothing of its room now.
+    A check is one policy request of our own on a new connection. It passes if one valid answer comes and then silence
+    for QUIET: the connection joins the pool. No mail waits on a check that is not answered, so many may run at once.
 
-    One is `trusted`, and used again, if it was quiet for SETTLE after its first answer, or had it while another one
-    that is trusted was open: the service that proved to answer once has not been restarted since.
+    A service is *full* when it serves some connections and lets a further check wait, or ends it: a prefork server
+    whose children are all taken, or a limit. Then one check at a time is made, and now and then a connection is given
+    up: someone else may wait for it. Full is not down, and ends when more connections are served than then.
     """
 
-    def __init__(self, service: Service, queue: Queue, log: Log) -> None:
-        self.service, self._queue, self._log = service, queue, log
-        family, host, port = service.address
-        #: Returns a socket connected to the service. Raises OSError.
-        self.connect: Callable[[], socket.socket]
-        if family == socket.AF_UNSPEC or (family == socket.AF_INET6 and '%' in host):
-            self.connect = HostName(service.address, self._warn).connect
-        else:
-            self.connect = functools.partial(connect, family, host if family == socket.AF_UNIX else (host, port))
-        self.idle: list[Connection] = []  # those not trusted first
-        self._open: set[Connection] = set()
-        self._serial = self._newest_served = self._last_retired = 0
-        self._settle = min(SETTLE, service.timeout / 4)
-        self._lying = False  # it sent what nobody asked for: no connection is used twice
+    def __init__(self, pool: Pool, enabled: bool) -> None:
+        self.pool, self.enabled = pool, enabled
+        self.running: dict[Connection, Any] = {}  # each check and its greenlet
+        self.full = 0  # connections that were served when a further one was not
+        self.wanted = 0.0 if enabled else math.inf  # when a check is due that no request waits for (monotonic seconds)
+        self.began = -math.inf  # the last check
+        self.reason = ''  # why the last check failed
+        self.late: Connection | None = None  # a check that took the service down, and is left waiting
+        self._not_before, self._backoff = 0.0, BACKOFF_FIRST
+        self._doubted = 0  # checks failed while no connection is open: 1, others run; 2, one more was begun
+        self.spawn: Callable[..., Any] = gevent.spawn
 
-    def open(self) -> Connection:
-        """Open a connection. Raises ServiceFailure."""
-        if self._log.verbose:
-            self._log(INFO, f"Opening socket to '{self.service.name}' ({self.service.where})")
-        self._serial += 1
-        serial = self._serial
-        try:
-            connection = Connection(self.connect(), self, serial)
-        except OSError as error:
-            raise connect_failure(error, self.service.address.family) from None
-        if self._log.verbose:
-            self._log(INFO, f"Connection established to '{self.service.name}' ({self.service.where})")
-        connection.spent = self._lying
-        self._open.add(connection)
-        return connection
+    def growing(self, now: float) -> bool:
+        """Tell whether a request that waits a moment may expect a new connection."""
+        if self.full or self._doubted or now < self._not_before:
+            return False
+        if self.running:
+            return now - next(iter(self.running)).since < PATIENCE
+        return self.enabled and self.pool.open < self.pool.service.max
 
-    def _check_quiet(self, connection: Connection, seconds: float) -> None:
-        """See that a new connection stays quiet for so long before it is asked anything. Raises ServiceFailure."""
-        give_up = time.monotonic() + seconds
-        try:
-            while not connection.poll(0):
-                if time.monotonic() >= give_up:
-                    return
-                gevent.sleep(self._settle / 10)
-        except BaseException:  # the query is over, or its client has left
-            self.discard(connection)
-            raise
-        if said := self.spoiled(connection):
-            raise ServiceFailure(INVALID, f'{said} bytes before it was asked', connected=False)
-        if served := sum(1 for other in self._current() if other.asked):
-            raise TurnedAway(STARVED, 'it hangs up on one connection more', connected=False, served=served)
-        raise ServiceFailure(DROPPED, 'it hung up before it was asked', connected=False)
+    def want(self, when: float) -> None:
+        """Ask for a check although no request waits for one."""
+        if self.enabled:
+            self.wanted = min(self.wanted, when)
 
-    def _take(self, preferred: Connection | None) -> Connection | None:
-        """Return an idle connection that is trusted and quiet, the preferred one if it is idle here."""
-        while self.idle:
-            if preferred is not None and preferred.trusted and preferred in self.idle:
-                self.idle.remove(preferred)
-                connection = preferred
+    def hurry(self, now: float) -> None:
+        """Check a service that is down within a second: no service is up."""
+        if self._not_before < math.inf:
+            self._not_before = min(self._not_before, now + BACKOFF_FIRST)
+
+    def grow(self, now: float) -> None:
+        """Start the checks that are due: as many as requests wait for, one where none is up or no more is served."""
+        pool, service = self.pool, self.pool.service
+        if now < self._not_before or self._doubted:
+            return
+        if service.state is DOWN:
+            if self.enabled:
+                self.stop()  # one that is late was left waiting
+                self._start(now)
+                self._not_before = math.inf
             else:
-                connection = self.idle[-1]
-                if not connection.trusted and time.monotonic() - connection.idle_since < self._settle:
-                    gevent.sleep(self._settle / 10)  # it may hang up, answer twice or be taken meanwhile
-                    continue
-                connection.trusted = True
-                self.idle.pop()
-            if not connection.poll(0):
+                service.turn(TRIAL, 'mail may try it', now)
+            return
+        due = now >= self.wanted
+        number = pool.queue.wanting(pool) if self.enabled and pool.use is CHECKED else 0
+        number = min(max(number, due), 1 if self.full else service.max)
+        if due and pool.open + len(self.running) >= service.max and not self.running:
+            pool.close_idle()
+        for _ in range(min(number - len(self.running), service.max - pool.open - len(self.running))):
+            self._start(now)
+
+    def _start(self, now: float) -> None:
+        self.wanted, self.began = math.inf, now
+        check = Connection(self.pool, now)
+        self.running[check] = self.spawn(self._run, check)
+
+    def _run(self, check: Connection) -> None:
+        try:
+            said, _ = check.check()
+        except ServiceFailure as failure:
+            self.failed(check, failure, time.monotonic())
+        except Exception as error:  # a fault of ours says nothing of the service
+            self.failed(check, ServiceFailure(INTERNAL, repr(error)), time.monotonic())
+        else:
+            self.passed(check, said, time.monotonic())
+        finally:
+            if check not in self.pool.idle and check not in self.pool.busy:
+                check.close()
+
+    def stop(self, but: Connection | None = None) -> None:
+        """Close the checks that are running, but for one: they say nothing of the service now."""
+        for check in [check for check in self.running if check is not but]:
+            self.running.pop(check).kill(block=False)
+
+    def passed(self, check: Connection, said: str, now: float) -> None:
+        """Take in a connection whose check was answered; what it said after that decides how it is used."""
+        if self.running.pop(check, None) is None:
+            return
+        pool, service = self.pool, self.pool.service
+        service.heard_at = now
+        self._not_before, self._backoff, self._doubted, self.reason = 0.0, BACKOFF_FIRST, 0, ''
+        if said is SURPLUS:
+            pool.said_more('more after the answer to its check')
+        elif pool.use is not SAYS_MORE:
+            pool.use = SINGLE_USE if said is ENDED else CHECKED
+        service.check_passed(now)
+        if pool.use is CHECKED:
+            pool.admit(check, now)
+        if self.full and pool.open > self.full:
+            self.full = 0
+        pool.queue.hand_over(pool, now)
+
+    def failed(self, check: Connection, failure: ServiceFailure, now: float) -> None:
+        """Judge a service by a check that failed."""
+        if self.running.pop(check, None) is None:
+            return
+        pool, service = self.pool, self.pool.service
+        reason = failure.reason
+        if reason not in JUDGED:  # a fault of ours
+            self._not_before, self._doubted = now + BACKOFF_FIRST, 0
+            pool.report(f'cannot be checked: {failure}')
+        elif service.state is DOWN:
+            self.reason = reason
+            self._put_off(now)
+            pool.queue.balancer.update()
+        elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
+            service.heard_at = now  # as ever: mail is the judge
+        elif (service.heard_at > check.since) if reason is LATE else pool.count_open():
+            self._limit(f'{reason}, {failure}', now)
+        elif self.running:
+            self._doubted = max(self._doubted, 1)  # the others will tell
+        elif reason in (DROPPED, INVALID) and self._doubted < 2:
+            self._doubted = 2  # one hang-up proves nothing
+            self._start(now)
+        else:
+            self._down(reason, str(failure), now)
+
+    def _down(self, reason: str, text: str, now: float) -> None:
+        self.reason = reason
+        self.pool.service.turn(DOWN, f'its check: {reason}, {text}', now)
+
+    def down(self, now: float) -> None:
+        """Start anew, as the service went down."""
+        self.stop(but=self.late)
+        self.full = self._doubted = 0
+        self._backoff = BACKOFF_FIRST
+        self._put_off(now)
+
+    def _put_off(self, now: float) -> None:
+        seconds = self._backoff * jitter() if self.pool.queue.balancer.up else BACKOFF_FIRST
+        self._not_before = now + seconds
+        self._backoff = min(BACKOFF_LAST, self._backoff * 2)
+
+    def _limit(self, why: str, now: float) -> None:
+        self._not_before, self._doubted = now + BACKOFF_FIRST, 0
+        if not self.full:
+            self.full = max(1, self.pool.open)
+            self.pool.gave_up_at = now
+            self.pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. Set'
+                                     f' its max to {self.full}, or give it more workers')  # fmt: skip
+
+    def watch(self, now: float) -> None:
+        """Judge the checks that are not answered, and start those that are due."""
+        service = self.pool.service
+        for check in list(self.running):
+            waited = now - check.since
+            if check.used or check is self.late or (check.poll is not None and check.poll(0)):
+                continue  # answered, or about to be
+            if waited > service.timeout:
+                self._late(check, now)
+            elif waited > UNANSWERED and service.heard_at > check.since and service.state is not DOWN and not self.full:
+                self._limit(f'no answer for {waited:.0f}s', now)
+                self.stop(but=check)
+                self._not_before = 0.0
+        quiet = now - max(service.heard_at, self.began)
+        if quiet > UNHEARD or (quiet > service.stall and self.pool.stalled(now)):
+            self.want(now)
+        self.grow(now)
+
+    def _late(self, check: Connection, now: float) -> None:
+        service = self.pool.service
+        if service.heard_at > check.since:  # it answers others
+            self._limit(f'no answer for {service.timeout:g}s', now)
+            self.stop()
+            self.want(now)
+            return
+        self.late = check  # it goes on waiting: a server that was stopped answers it when it goes on
+        if service.state is DOWN:
+            self._put_off(now)
+        else:
+            self._down(LATE, f'no answer within {service.timeout:g}s', now)
+
+
+def jitter() -> float:
+    """Return a factor from 0.8 to 1.2: proxies that saw one server die are not to check it together."""
+    return 0.8 + 0.4 * os.urandom(1)[0] / 255
+
+
+def ended(connection: Connection) -> bool:
+    """Tell whether the server has ended a connection, whatever is there to receive before that."""
+    ends = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+    return connection.poll is not None and any(event & ends for _, event in connection.poll(0))
+
+
+class Pool:
+    """The connections to one service: it decides which one a request gets.
+
+    A connection is busy with one query, idle, or closed; one on which a query was abandoned is closed. Held are those
+    idle ones whose message may ask more: a server may remember a message by its connection. Last in, first out, so
+    that the others can end.
+    """
+
+    def __init__(self, service: Service, queue: Queue, log: Log, checked: bool) -> None:
+        self.service, self.queue, self._log = service, queue, log
+        self.use = CHECKED if checked else UNCHECKED
+        self.places = service.max  # mails at once
+        self.idle: list[Connection] = []
+        self.held: dict[Connection, None] = {}
+        self.busy: dict[Connection, None] = {}
+        self.gave_up_at = 0.0  # when a connection of a full service was last given up
+        #: Returns a socket connected to the service. Raises OSError.
+        self.connect = connector(service.address, self.report)
+        self.checker = Checker(self, checked)
+
+    @property
+    def open(self) -> int:
+        """Connections that are open, or about to be, without those that are checked."""
+        return len(self.idle) + len(self.held) + len(self.busy)
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether mail rides on connections that were not checked: see Balancer.update() for one that is down."""
+        return self.use is not CHECKED or self.service.state is DOWN
+
+    def count_open(self) -> int:
+        """Return how many connections are open, after a look for those that have ended."""
+        for connection in [*self.idle, *self.held]:
+            if connection.poll is not None and connection.poll(0) and (said := connection.look()):
+                self.drop(connection, said)
+        return len(self.idle) + len(self.held) + sum(not ended(connection) for connection in self.busy)
+
+    def admits(self) -> bool:
+        """Tell whether a request may wait for it: for one that is on trial only where a place is free."""
+        if self.service.state is UP:
+            return True
+        return len(self.busy) + self.queue.wanting(self) < self.places
+
+    def ready(self, now: float) -> bool:
+        """Tell whether it has a connection for a request, or will have one soon."""
+        if len(self.busy) >= self.places:
+            return False
+        if self.idle or self.held:
+            return True
+        return self.open < self.service.max if self.unchecked else self.checker.growing(now)
+
+    def stalled(self, now: float) -> bool:
+        """Tell whether mail is in flight and none was answered for `stall` seconds."""
+        service = self.service
+        if now - service.answered_at <= service.stall or not self.busy:
+            return False
+        return now - next(iter(self.busy)).since > service.stall
+
+    def take(self, client: Client, now: float) -> Connection | None:
+        """Return a silent connection, busy from now on; None if there is none.
+
+        The one that answered the client's message last, or the most recently used one that no message holds, or the
+        longest idle one. Then the pool grows by one.
+        """
+        while len(self.busy) < self.places:
+            connection = client.connection
+            if connection in self.held and connection.holder is client:
+                del self.held[connection]
+            elif self.idle:
+                connection = self.idle.pop()
+            elif self.held:
+                connection = next(iter(self.held))
+                del self.held[connection]
+                if now - connection.idle_since < HOLD and len(self.held) < MAX_IDLE:
+                    self.checker.want(now)
+            elif self.unchecked and self.open < self.service.max:
+                connection = Connection(self, now)
+            else:
+                return None
+            if connection.poll is None or not connection.poll(0) or not (said := connection.look()):
+                connection.since = now
+                self.busy[connection] = None
                 return connection
-            self.spoiled(connection)
+            self.drop(connection, said)
         return None
 
-    def ask(self, request: bytes, slot: Slot, preferred: Connection | None,
-            timeout: QueryTimeout, fair: bool) -> tuple[bytes, Connection]:  # fmt: skip
-        """Return the action for a request, and the connection it came by, to be released.
-
-        All of it within the timeout, which is enough to be `fair` to the service or not. Raises ServiceFailure.
-        """
-        self.service.queries += 1
-        connection: Connection | None = None
-        again, stop, user = timeout.again, timeout.stop, getcurrent()
-        again(user.throw, timeout)
-        try:
-            connection = self._take(preferred)
-            if connection is None:
-                connection = self.open()
-                if self._lying or self.service.state is TRIAL:
-                    self._check_quiet(connection, self._settle)
-            connection.user = user
-            try:
-                return connection.exchange(request), connection
-            except ConnectionEnded:
-                connection = self._after_end(connection)
-            self._queue.statistics.retries += 1
-            try:
-                return connection.exchange(request), connection
-            except ConnectionEnded:
-                connection = self._after_end(connection)  # no third time, but was it the message's doing?
-                raise
-        except BaseException as error:
-            if connection is not None:
-                self.discard(connection)
-            if error is timeout:
-                timeout.__traceback__ = None  # it would keep the request until the next time
-                raise self._late(connection, slot, timeout.seconds, fair) from None
-            raise
-        finally:
-            stop()
-
-    def _after_end(self, ended: Connection) -> Connection:
-        """Return a new connection in place of one that ended without an answer. Raises ServiceFailure.
-
-        That a used one ends is normal: many servers hang up after so many answers or so much idle time. A new one ends
-        by the message's doing, or for lack of a worker: then one that asks nothing ends, too, and about as soon.
-        """
-        lasted = time.monotonic() - ended.idle_since
-        self.discard(ended)
-        if not ended.used and not self._current():
-            raise ConnectionEnded(DROPPED, 'it hung up without an answer')
-        connection = self.open()
-        if not ended.used:
-            self._check_quiet(connection, max(self._settle, min(SETTLE_LAST, 2 * lasted)))
-        return connection
-
-    def _late(self, connection: Connection | None, slot: Slot, seconds: float, fair: bool) -> ServiceFailure:
-        """Return what a time out says: of the service, of our deadline, or of a missing worker.
-
-        The kernel hands connections to a server in the order they came: one that never had an
-        answer, while older ones had and no younger one, has found no worker.
-        """
-        if not fair:
-            return ServiceFailure(DEADLINE, f'no answer within the {seconds:.3g}s left')
-        if (connection is not None and not connection.used and connection.serial > self._newest_served
-                and self.service.answered_since(slot)):  # fmt: skip
-            return ServiceFailure(STARVED, f'no worker took the connection within {seconds:.3g}s', served=self.served())
-        return ServiceFailure(LATE, f'no answer within {seconds:.3g}s', connected=connection is not None)
-
-    def release(self, connection: Connection, slot: Slot, reuse: bool, now: float) -> None:
-        """Take back a connection whose query was answered, and hand its slot on. Not to be reused: close it."""
-        if not connection.used:
-            connection.used = True
-            connection.trusted = any(other.trusted and not other.ended() for other in self._current())
-            self._newest_served = max(self._newest_served, connection.serial)
-            self.service.prove(slot, self.served())
-        if reuse and not connection.spent and connection.serial > self._last_retired and now < connection.expires:
-            connection.idle_since = now
-            self.idle.insert(len(self.idle) if connection.trusted else 0, connection)
+    def admit(self, connection: Connection, now: float) -> None:
+        """Take in a connection that has just passed its check: for a request that is sent again, or for any."""
+        connection.idle_since = connection.silent_at = now
+        if waiter := self.queue.next_retry(self):
+            connection.since = now
+            self.busy[connection] = None
+            waiter.give(connection)
         else:
-            self.discard(connection)
-        if self._queue.waiters:
-            self._queue.hand_over(self.service)
+            self.idle.append(connection)
 
-    def served(self) -> int:
-        """Return how many of the open connections were answered."""
-        return sum(1 for connection in self._current() if connection.used)
+    def answered(self, connection: Connection, action: bytes, reuse: bool, now: float) -> None:
+        """Take back a connection whose mail was answered."""
+        service = self.service
+        service.answered(action, connection.since, now)
+        if connection in self.busy:
+            connection.carried = True
+            if service.state is DOWN:
+                self.use = UNCHECKED
+                self.report(f'fails its checks ({self.checker.reason}), but answers mail: it is used without checks')
+            service.mail_answered(now)
+        self.release(connection, reuse, now)
 
-    def _current(self) -> list[Connection]:
-        """Return the connections that are open and not of the time before the service was down."""
-        return [connection for connection in self._open if connection.serial > self._last_retired]
+    def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
+        """Take back a connection whose mail was not answered: a check is to tell whether the service is well."""
+        service = self.service
+        service.failures[failure.reason] += 1
+        if connection in self.busy:
+            alone, crowded = self.queue.balancer.alone(service), self.queue.wanting(self) > 0
+            service.mail_failed(failure.reason, connection.since, alone, crowded, now)
+            self.checker.want(now)
+        self.release(connection, False, now)
 
-    def spoiled(self, connection: Connection) -> int:
-        """Close a connection that became readable while nobody had asked anything; return how many bytes came."""
-        try:
-            surplus = connection.socket.recv(RECEIVE)
-        except OSError:
-            surplus = b''
-        self.discard(connection)
-        if surplus:
-            self.distrust(f'{len(surplus)} bytes that nobody asked for')
-        return len(surplus)
-
-    def _warn(self, text: str) -> None:
-        self._log(WARNING, f'[{self.service.name}] ({self.service.where}) {text}')
-
-    def distrust(self, sent: str) -> None:
-        """Use each connection of a service once that sends more than answers, until it went down and came back."""
-        if not self._lying:
-            self._lying = True
-            self.renew()
-            self._warn(f'sent {sent}: from now on each of its connections is used once')
-
-    def discard(self, connection: Connection) -> None:
-        """Close a connection wherever it stands."""
-        if connection in self._open:
-            self._open.remove(connection)
-            if connection in self.idle:
-                self.idle.remove(connection)
+    def release(self, connection: Connection, reuse: bool, now: float) -> None:
+        """Take back a connection that is busy no more; close it if it is not to be used again."""
+        if connection in self.busy:
+            del self.busy[connection]
+            reuse = reuse and not connection.spent and now < connection.expires and self.use in (CHECKED, UNCHECKED)
+            if reuse and self.checker.full and now - self.gave_up_at > GIVE_UP:
+                self.gave_up_at, reuse = now, False
+            if reuse:
+                connection.idle_since = now
+                if connection.holder is None:
+                    self.idle.append(connection)
+                else:
+                    self.held[connection] = None
+            else:
+                connection.close()
+                if not self.open:
+                    self.checker.want(max(now, self.checker.began + BACKOFF_FIRST))
+            if self.queue.waiters:
+                self.queue.hand_over(self, now)
+        else:  # of the time before the service went down
             connection.close()
 
-    def forget(self) -> None:
-        """Start anew: the service went down, and may come back mended. What is open says nothing of it then."""
-        self.renew()
-        self._lying = False
+    def let_go(self, connection: Connection) -> None:
+        """End the hold of a message on a connection: its client asks for another, or left."""
+        connection.holder = None
+        if connection in self.held:
+            del self.held[connection]
+            self.idle.append(connection)
 
-    def renew(self) -> None:
-        """Close all that are idle, those in use after their answer, and so those that are being opened."""
-        self._last_retired = self._serial
-        while self.idle:
-            self.discard(self.idle[0])
+    def drop(self, connection: Connection, said: str) -> None:
+        """Close an idle connection that ended, or said what nobody asked for."""
+        self._remove(connection)
+        if said is SURPLUS:
+            self.said_more('what nobody asked for')
+        if not self.open:
+            self.checker.want(max(time.monotonic(), self.checker.began + BACKOFF_FIRST))
+
+    def _remove(self, connection: Connection) -> None:
+        if connection in self.held:
+            del self.held[connection]
+        elif connection in self.idle:
+            self.idle.remove(connection)
+        connection.close()
+
+    def close_idle(self) -> None:
+        """Close the longest idle connection, to make room for a check."""
+        spare = [*self.held, *self.idle]
+        if spare:
+            self._remove(min(spare, key=lambda connection: connection.idle_since))
+
+    def close_all(self) -> None:
+        """Close what is idle, and forget what is busy: the service went down."""
+        for connection in [*self.held, *self.idle]:
+            self._remove(connection)
+        self.busy.clear()
+        self.use = CHECKED if self.checker.enabled else UNCHECKED
+
+    def said_more(self, what: str) -> None:
+        """Use each connection of a service once that says more than answers, until it was down."""
+        if self.use is not SAYS_MORE:
+            self.use = SAYS_MORE
+            for connection in [*self.held, *self.idle]:
+                self._remove(connection)
+            self.report(f'sent {what}: from now on each of its connections is used once')
 
     def prune(self, now: float) -> None:
-        """Close what has been idle for too long, those too many that a burst left behind, and what is too old."""
-        for connection in list(self.idle):
-            idle = now - connection.idle_since
-            if idle >= (1 if len(self.idle) > MAX_IDLE else IDLE_SECONDS) or now >= connection.expires:
-                self.discard(connection)
+        """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker."""
+        spare = sorted([*self.held, *self.idle], key=lambda connection: connection.idle_since)
+        for connection in spare:
+            keep = LAST_IDLE if connection is spare[-1] else SPARE_IDLE
+            if now - connection.idle_since >= keep or now >= connection.expires:
+                self._remove(connection)
+
+    def report(self, text: str) -> None:
+        """Log what concerns this service."""
+        self._log(WARNING, f'[{self.service.name}] ({self.service.where}) {text}')
+
+    def trace(self, what: str) -> None:
+        """Log a step of a connection (-v)."""
+        if self._log.verbose:
+            self._log(INFO, f"{what} '{self.service.name}' ({self.service.where})")
 
 
 class Waiter:
-    """A request that waits for a slot, of `only` or of any service but those tried."""
+    """A request that waits for a connection."""
 
-    def __init__(self, only: Service | None, tried: Sequence[Service], since: float) -> None:
-        self._only, self._tried, self.since = only, tried, since
-        self.handed: gevent.event.AsyncResult[Slot | None] = gevent.event.AsyncResult()
+    __slots__ = ('client', 'connection', 'done', 'pools', 'woken')
 
-    def takes(self, service: Service) -> bool:
-        """Tell whether it waits for this service."""
-        return service is self._only if self._only is not None else service not in self._tried
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.connection: Connection | None = None  # what it got
+        self.done = False  # it waits no more
+        self.pools: list[Pool] = []  # those that it waits for
+        self.woken = gevent.event.Event()
+
+    def give(self, connection: Connection) -> None:
+        """Hand over a connection."""
+        self.connection, self.done = connection, True
+        self.woken.set()
 
 
 class Queue:
-    """The requests that wait for a slot, first come, first served: whatever frees one wakes one of them."""
+    """The requests that wait for a connection: first come, first served. It ties services, pools and balancer.
 
-    def __init__(self, statistics: Statistics) -> None:
-        self.statistics = statistics
-        self.waiters: deque[Waiter] = deque()
+    Each pool has a heap of those that wait for it, in order of arrival. Who is done is marked, and never searched for.
+    """
 
-    def wait(self, only: Service | None, tried: Sequence[Service], since: float, seconds: float) -> Slot | None:
-        """Return a slot for who waits since then; None when it is time to choose again, or after so many seconds."""
-        waiter = Waiter(only, tried, since)
-        self.waiters.append(waiter)
-        if only is not None:
-            only.waiting += 1
+    def __init__(self, services: Sequence[Service], log: Log, checked: bool = True) -> None:
+        self._log = log
+        self.pools = {service: Pool(service, self, log, checked) for service in services}
+        self.waiters: set[Waiter] = set()
+        self._heaps: dict[Pool, list[tuple[float, int, Waiter]]] = {pool: [] for pool in self.pools.values()}
+        self._retries: dict[Pool, deque[Waiter]] = {pool: deque() for pool in self._heaps}
+        self._waiting = dict.fromkeys(self._heaps, 0)
+        self._numbers = itertools.count()
+        self.balancer = Balancer(self._heaps)
+        for service in services:
+            service.changed = self.changed
+
+    def wanting(self, pool: Pool) -> int:
+        """Return how many requests wait for a connection of this pool."""
+        return self._waiting[pool] + len(self._retries[pool])
+
+    def take(self, client: Client, tried: Sequence[Pool], deadline: float, now: float) -> Connection | None:
+        """Return a connection of a service that was not tried; None if there is none, or none in time."""
+        pool = self.balancer.choose(client.instance, tried, now)
+        if pool is not None and (connection := pool.take(client, now)) is not None:
+            return connection
+        waiter = Waiter(client)
+        self.waiters.add(waiter)
         try:
-            waiter.handed.wait(max(seconds, 0))
-        except BaseException:
-            if waiter.handed.value is not None:  # handed over in the same moment: pass it on
-                self.free(waiter.handed.value)
-            raise
+            self._wait(waiter, pool, tried, deadline, now)
         finally:
-            if only is not None:
-                only.waiting -= 1
-            if waiter in self.waiters:
-                self.waiters.remove(waiter)
-        return waiter.handed.value
+            self._leave(waiter)
+        if waiter.connection is not None:
+            self.balancer.bind(client.instance, waiter.connection.pool)
+        return waiter.connection
 
-    def free(self, slot: Slot) -> None:
-        """Give back a slot whose request was abandoned, and hand it on."""
-        slot[0].leave(slot)
-        self.hand_over(slot[0])
-
-    def hand_over(self, service: Service) -> None:
-        """Give each slot that is free to the first who waits for one of this service; of a stalled one to nobody."""
-        if service.stalled(time.monotonic()):
-            self.recall(service)
-        for waiter in list(self.waiters):
-            if service.in_flight >= service.limit:
+    def _wait(self, waiter: Waiter, first: Pool | None, tried: Sequence[Pool], deadline: float, since: float) -> None:
+        now = since
+        while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now)):
+            for pool in pools:
+                if pool not in waiter.pools:
+                    self._join(waiter, pool)
+            for pool in pools:
+                self.hand_over(pool, now)
+                if waiter.done:
+                    return
+            ends = [since + seconds for seconds in (PATIENCE, STALLED_AFTER) if since + seconds > now]
+            self._sleep(waiter, min(*ends, deadline) - now if ends else deadline - now)
+            if waiter.done:
                 return
-            if waiter.takes(service):
-                self._hand(waiter, service.begin(time.monotonic()))
+            waiter.woken.clear()
+            now = time.monotonic()
 
-    def try_stalled(self, service: Service) -> None:
-        """Give one of those who wait for any service a slot of one that has stalled."""
-        for waiter in self.waiters:
-            if waiter.takes(service) and service.in_flight < service.limit:
-                return self._hand(waiter, service.begin(time.monotonic()))
+    def _join(self, waiter: Waiter, pool: Pool) -> None:
+        waiter.pools.append(pool)
+        self._waiting[pool] += 1
+        heapq.heappush(self._heaps[pool], (waiter.client.asked, next(self._numbers), waiter))
 
-    def recall(self, service: Service) -> None:
-        """Let all who wait for this service choose again: it went down, or stalled."""
-        for waiter in list(self.waiters):
-            if waiter.takes(service):
-                self._hand(waiter, None)
+    def _sleep(self, waiter: Waiter, seconds: float) -> None:
+        try:
+            waiter.woken.wait(seconds)
+        except BaseException:  # its client left
+            if waiter.connection is not None:  # handed over in the same moment
+                waiter.connection.pool.release(waiter.connection, True, time.monotonic())
+            raise
 
-    def _hand(self, waiter: Waiter, slot: Slot | None) -> None:
-        self.waiters.remove(waiter)
-        waiter.handed.set(slot)
+    def _leave(self, waiter: Waiter) -> None:
+        waiter.done = True
+        self.waiters.discard(waiter)
+        for pool in waiter.pools:
+            self._waiting[pool] -= 1
+        waiter.pools.clear()
+
+    def hand_over(self, pool: Pool, now: float) -> None:
+        """Give what the pool has to those who wait for it, and let it grow for the rest."""
+        heap = self._heaps[pool]
+        while heap:
+            waiter = heap[0][2]
+            if not waiter.done:
+                connection = pool.take(waiter.client, now)
+                if connection is None:
+                    break
+                self._leave(waiter)
+                waiter.give(connection)
+            heapq.heappop(heap)
+        if self._waiting[pool]:
+            pool.checker.grow(now)
+
+    def retry(self, pool: Pool, client: Client, deadline: float) -> Connection | None:
+        """Return a connection for a request whose connection ended before it was answered.
+
+        One that has just been checked: any other may have ended, too. None if the service went down, or has none.
+        """
+        now = time.monotonic()
+        if pool.unchecked:
+            return pool.take(client, now)
+        waiter = Waiter(client)
+        self._retries[pool].append(waiter)
+        try:
+            pool.checker.grow(now)
+            self._sleep(waiter, min(STALLED_AFTER, deadline - now))
+        finally:
+            if not waiter.done:
+                waiter.done = True
+                self._retries[pool].remove(waiter)
+        return waiter.connection or pool.take(client, time.monotonic())
+
+    def next_retry(self, pool: Pool) -> Waiter | None:
+        """Return the first request that waits to be sent to this service again."""
+        return self._retries[pool].popleft() if self._retries[pool] else None
+
+    def changed(self, service: Service, text: str, now: float) -> None:
+        """Do what follows from a change of a service's state: who waits chooses again if it concerns him."""
+        self._log(WARNING, text)
+        pool = self.pools[service]
+        self.balancer.update()
+        concerned = list(self.waiters)
+        if service.state is DOWN:
+            pool.close_all()
+            pool.checker.down(now)
+            concerned = [waiter for waiter in concerned if pool in waiter.pools] + list(self._retries[pool])
+            for waiter in concerned:
+                if pool in waiter.pools:
+                    waiter.pools.remove(pool)
+            self._heaps[pool].clear()
+            self._waiting[pool] = 0
+            if not self.balancer.up:
+                self._log(WARNING, 'No service is up: the default action is given to every request')
+                for other in self._heaps:
+                    other.checker.hurry(now)
+        for waiter in concerned:
+            waiter.woken.set()
+
+    def tick(self, now: float) -> None:
+        """Do what time alone brings: judge checks and start those that are due."""
+        for pool in self._heaps:
+            pool.checker.watch(now)
+
+    def prune(self, now: float) -> None:
+        """Close idle connections, and forget who is done."""
+        for pool, heap in self._heaps.items():
+            pool.prune(now)
+            if len(heap) > 2 * self._waiting[pool] + 100:
+                heap[:] = [entry for entry in heap if not entry[2].done]
+                heapq.heapify(heap)
 
 
 # ---------------------------------------------------------------------------
@@ -1539,8 +1849,8 @@ class Client(Wire):
         self.closing = False  # its next answer is its last
         self._leaving = False  # it is closed now, if it has begun nothing
         self.asked = time.monotonic()  # when its last request came
-        self.instance = b''  # of the last request answered by a service,
-        self.connection: Connection | None = None  # and by which connection
+        self.instance = b''  # of its message,
+        self.connection: Connection | None = None  # and what answered that last
         self.unsent = b''  # of an answer
         self.timeout = QueryTimeout(DEFAULT_TIMEOUT)  # of its query: there is one at a time
         super().__init__(sock)
@@ -1596,6 +1906,20 @@ class Client(Wire):
                     return request
         raise ClientFault(CUT_OFF, f'{len(self._buffer.data)} bytes')
 
+    def begin(self, instance: bytes) -> None:
+        """Begin to ask about a message: the connection that the last one held is free."""
+        if instance != self.instance or not instance:
+            if self.connection is not None and self.connection.holder is self:
+                self.connection.pool.let_go(self.connection)
+            self.connection, self.instance = None, instance
+
+    def timer(self, seconds: float) -> QueryTimeout:
+        """Return the Timeout of its query, for so many seconds."""
+        if seconds != self.timeout.seconds:
+            self.timeout.close()
+            self.timeout = QueryTimeout(seconds)
+        return self.timeout
+
     def answer(self, action: bytes) -> None:
         """Send what the kernel takes of an answer now; the rest is left to finish_answer(), as all errors are.
 
@@ -1644,135 +1968,114 @@ class Client(Wire):
 class Proxy:
     """Decides requests and serves clients: `handle` is what StreamServer calls for each connection."""
 
-    def __init__(self, services: Sequence[Service], default: bytes, deadline: float, log: Log) -> None:
+    def __init__(self, services: Sequence[Service], default: bytes, failed: bytes, deadline: float, log: Log,
+                 checked: bool = True) -> None:  # fmt: skip
+        """Checked: as one process for many clients, which may ask each service its own question."""
         self.statistics = Statistics()
-        self.balancer = Balancer(services)
-        self.queue = Queue(self.statistics)
-        self.pools = {service: Pool(service, self.queue, log) for service in services}
+        self.queue = Queue(services, log, checked)
+        self.pools = self.queue.pools
         self.clients: set[Client] = set()
         self.draining = False
-        self._default, self._deadline, self._log = default, deadline, log
-        #: Default actions that are told once in ten seconds and not one by one, by reason: how many were.
-        self._told = {NO_SERVICE: 0, NOT_POLICY: 0}
+        self._default, self._failed, self._deadline, self._log = default, failed, deadline, log
+        #: Default actions that are logged once in ten seconds and not one by one, by reason: how many were.
+        self._logged = {NO_SERVICE: 0, NOT_POLICY: 0}
+        self._stalled: set[Service] = set()
         for service in services:
             service.since = time.monotonic()
-        gevent.spawn(self._keep)
+        gevent.spawn(self._keep, TICK if checked else 1.0)
 
     # -- deciding
 
     def decide(self, request: bytes, client: Client, now: float) -> Decision:
         """Answer a request that came `now`, always, and before the deadline. Raises ClientFault alone."""
-        deadline = now + self._deadline - TOO_SHORT
         self.statistics.requests += 1
         instance = instance_of(request)
         if instance is None:
             return self._give_default(client, NOT_POLICY, None, [])
-        tried: list[Service] = []
+        client.begin(instance)
+        deadline = now + self._deadline - TOO_SHORT
+        tried: list[Pool] = []
         failure: ServiceFailure | None = None
-        while now < deadline:
-            service = self.balancer.choose(instance, tried, now)
-            if service is not None and service.in_flight < service.limit:
-                slot: Slot | None = service.begin(now)
-            else:
-                slot = self._wait(service, instance, tried, deadline)
-            if slot is None:
-                break
-            tried.append(slot[0])
+        while now < deadline and (connection := self.queue.take(client, tried, deadline, now)) is not None:
+            service = connection.pool.service
+            tried.append(connection.pool)
             try:
-                action = self._query(slot, request, instance, client, tried, deadline)
+                action = self._query(connection, request, client, deadline)
             except ServiceFailure as caught:
-                if isinstance(caught, TurnedAway) and (failure is None or not self.balancer.others(tried)):
-                    tried.remove(slot[0])  # it waits for a place: that the service has none is no reason to give up
                 failure, now = caught, time.monotonic()
                 continue
             self.statistics.answers += 1
             if failure is None:
-                return action, slot[0], 1, 'ok'
+                return action, service, 1, 'ok'
             self.statistics.redispatches += 1
-            return action, slot[0], len(tried), f'ok after {failure.reason}'
+            return action, service, len(tried), f'ok after {failure.reason}'
         reason = NO_SERVICE if failure is None else ALL_FAILED
         if time.monotonic() >= deadline:
             reason = OUT_OF_TIME
         return self._give_default(client, reason, failure, tried)
 
-    def _wait(self, service: Service | None, instance: bytes, tried: Sequence[Service], deadline: float) -> Slot | None:
-        """Return a slot of this service, which has none now, or of another; None if none is to be had in time."""
-        passed, since = tried, time.monotonic()
-        while (now := time.monotonic()) < deadline:
-            if service is not None:
-                if service.in_flight < service.limit:
-                    return service.begin(now)
-                # one that still grows is waited for alone for a moment, or its share would go to the others
-                passed = [*passed, service]
-                slot = self.queue.wait(service, tried, since, min(PATIENCE, deadline - now))
-            elif self.balancer.others(tried):
-                passed = tried
-                slot = self.queue.wait(None, tried, since, deadline - now)
-            else:
-                return None
-            if slot is not None:
-                self.balancer.bind(instance, slot[0])
-                return slot
-            if service is not None:
-                service.clog()
-            service = self.balancer.choose(instance, passed, now := time.monotonic())
-            if service is not None and service.stalled(now) and self.balancer.lively(tried, now):
-                service = None  # those that were passed are the better choice
-        return None
-
-    def _query(self, slot: Slot, request: bytes, instance: bytes,
-               client: Client, tried: Sequence[Service], deadline: float) -> bytes:  # fmt: skip
+    def _query(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
         """Pass on the answer of one service; return its action. Raises ServiceFailure, ClientFault."""
-        service = slot[0]
-        pool = self.pools[service]
-        preferred = client.connection if instance and instance == client.instance else None
-        seconds, remaining, fair = service.timeout, deadline - slot[2], True
-        if seconds >= remaining:
-            # one that hangs must leave time for another; who is asked with most of the deadline left may be judged
-            fair = remaining > self._deadline / 2
-            seconds = max(0.001, remaining / 2 if self.balancer.others(tried) else remaining)
-        if seconds != client.timeout.seconds:
-            client.timeout.close()
-            client.timeout = QueryTimeout(seconds)
+        pool = connection.pool
+        used: Connection | None = connection
         try:
-            action, connection = pool.ask(request, slot, preferred, client.timeout, fair)
-        except ClientFault:
-            self.queue.free(slot)
-            raise
+            try:
+                action = self._ask(connection, request, client, deadline)
+            except Ended:
+                pool.release(connection, False, time.monotonic())
+                self.statistics.retries += 1
+                used = self.queue.retry(pool, client, deadline)
+                if used is None:
+                    raise
+                connection = used
+                action = self._ask(connection, request, client, deadline)
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
+            now = time.monotonic()
+            if isinstance(error, ClientFault):
+                pool.release(connection, False, now)
+                raise
             failure = error if isinstance(error, ServiceFailure) else ServiceFailure(INTERNAL, repr(error))
-            self._failed(slot, failure, instance)
+            pool.report(f'failed: {failure.reason}, {failure}, instance: {printable(client.instance)}')
+            pool.failed(connection, failure, now)
             raise failure from None
         now, gone = time.monotonic(), client.ended
         client.answer(action)  # first: what follows would be a tenth of the latency that we add
-        client.instance, client.connection = instance, connection
-        note = service.answered(slot, action, now)
-        if note:
-            self._note(service, note)
+        client.connection, connection.holder = connection, client if client.instance else None
         # a client that had hung up may never read this: nothing more on that connection
-        pool.release(connection, slot, not gone, now)
+        pool.answered(connection, action, not gone, now)
         return action
 
-    def _failed(self, slot: Slot, failure: ServiceFailure, instance: bytes) -> None:
-        service = slot[0]
-        self._log(WARNING, f'[{service.name}] ({service.where}) failed: {failure.reason}, {failure},'
-                  f' instance: {printable(instance)}')  # fmt: skip
-        now = time.monotonic()
-        sure = isinstance(failure, TurnedAway)
-        if failure.reason is STARVED and (advice := service.starve(failure.served, instance, now, sure)):
-            self._log(WARNING, advice)
-        message = instance if failure.connected else b''
-        self._note(service, service.fail(failure.reason, message, slot, now))
-        self.queue.hand_over(service)
+    def _ask(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
+        """Return the action of one connection's answer, within the service's timeout. Raises ServiceFailure."""
+        service, now = connection.pool.service, connection.since
+        service.queries += 1
+        timeout = client.timer(max(0.001, min(service.timeout, deadline - now)))
+        connection.user = user = getcurrent()
+        timeout.again(user.throw, timeout)
+        try:
+            return connection.ask(request, now)
+        except gevent.Timeout as error:
+            if error is not timeout:
+                raise
+            timeout.__traceback__ = None  # it would keep the request until the next time
+            action = connection.arrived()
+            if action is not None:
+                return action
+            reason = LATE if timeout.seconds > service.timeout / 2 else DEADLINE
+            raise ServiceFailure(reason, f'no answer within {timeout.seconds:.3g}s') from None
+        finally:
+            timeout.stop()
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,
-                      tried: Sequence[Service]) -> Decision:  # fmt: skip
-        client.answer(self._default)
+                      tried: Sequence[Pool]) -> Decision:  # fmt: skip
+        able = any(pool.service.state is not DOWN for pool in self.pools.values())
+        action = self._failed if tried and able else self._default
+        client.answer(action)
         self.statistics.defaults[reason] += 1
         why = f'default, {reason}' + (f', last: {failure.reason}' if failure is not None else '')
-        if reason not in self._told:
-            self._log(WARNING, f"Default action '{printable(self._default)}' given: {why}")
-        return self._default, tried[-1] if tried else None, len(tried), why
+        if reason not in self._logged:
+            self._log(WARNING, f"Default action '{printable(action)}' given: {why}")
+        return action, tried[-1].service if tried else None, len(tried), why
 
     # -- serving
 
@@ -1788,6 +2091,7 @@ class Proxy:
             self._refuse(error if isinstance(error, ClientFault) else ClientFault(RESET), address)
         finally:
             self.clients.discard(client)
+            client.begin(b'')
             client.close()
             client.timeout.close()
 
@@ -1826,64 +2130,42 @@ class Proxy:
             for client in self.clients:
                 client.drain(now)
             gevent.sleep(0.01)
-        self._tell_defaults()
+        self._log_defaults()
         return not self.clients
 
-    # -- health
+    # -- what is done again and again
 
-    def _note(self, service: Service, text: str) -> None:
-        """Tell a change of state, and do what follows from it; '' is no change."""
-        if not text:
-            return
-        self._log(WARNING, text)
-        self.balancer.lay_out(service)
-        self.queue.hand_over(service)
-        if service.state is DOWN:
-            self.pools[service].forget()
-            self.queue.recall(service)
-            gevent.spawn(self._probe, service)
-            if not any(other.state is UP for other in self.pools):
-                self._log(WARNING, f"No service is up: '{printable(self._default)}' is given to every request")
-
-    def _probe(self, service: Service) -> None:
-        """Try to connect to a service that is down until it can be done."""
-        while service.state is DOWN:
-            gevent.sleep(max(0.0, service.probe_at - time.monotonic()))
-            try:
-                with gevent.Timeout(service.timeout):
-                    self.pools[service].connect().close()
-            except (Exception, gevent.Timeout):
-                service.probe_failed(time.monotonic())
-            else:
-                self._note(service, service.turn(TRIAL, 'a probe connected', time.monotonic()))
-
-    def _keep(self) -> None:
+    def _keep(self, pause: float) -> None:
+        second = 0.0
         while True:
-            gevent.sleep(1)
-            gevent.spawn(self._tend, time.monotonic())  # a fault of ours costs one time, not all
+            gevent.sleep(pause)
+            try:
+                now = time.monotonic()
+                self.queue.tick(now)
+                if now - second >= 1:
+                    second = now
+                    self._each_second(now)
+            except Exception:  # a fault of ours costs one time, not all
+                gevent.get_hub().handle_error(self, *sys.exc_info())
 
-    def _tend(self, now: float) -> None:
-        """Do, once a second, what no request does."""
-        long = bool(self.queue.waiters) and now - self.queue.waiters[0].since > 1  # somebody waits for so long
+    def _each_second(self, now: float) -> None:
+        self.queue.prune(now)
         for service, pool in self.pools.items():
-            pool.prune(now)
-            service.relearn(now)
             service.latency.counts()
-            if long and service.state is UP and service.in_flight >= service.limit and not service.stalled(now):
-                service.widen()
-            self._watch_stall(service, now, long)
-        for service in self.pools:
-            self.queue.hand_over(service)
+            if pool.stalled(now) != (service in self._stalled):
+                self._stalled ^= {service}
+                pool.report(f'is stalled: {len(pool.busy)} requests and no answer' if service in self._stalled
+                            else 'is no longer stalled')  # fmt: skip
         if int(now) % 10 == 0:
-            self._tell_defaults()
+            self._log_defaults()
 
-    def _tell_defaults(self) -> None:
-        for reason, told in self._told.items():
+    def _log_defaults(self) -> None:
+        for reason, logged in self._logged.items():
             given = self.statistics.defaults[reason]
-            if given > told:
-                self._told[reason] = given
+            if given > logged:
+                self._logged[reason] = given
                 level = WARNING if reason is NO_SERVICE else NOTICE
-                self._log(level, f"Default action '{printable(self._default)}' given {given - told} times: {reason}")
+                self._log(level, f"Default action '{printable(self._default)}' given {given - logged} times: {reason}")
 
     def summarize(self, seconds: float) -> None:
         """Log a summary so often, for ever."""
@@ -1891,16 +2173,6 @@ class Proxy:
             if line:
                 self._log(NOTICE, line)
             gevent.sleep(seconds)
-
-    def _watch_stall(self, service: Service, now: float, long: bool) -> None:
-        stalled = service.stalled(now)
-        if stalled and long and now > service.probe_at:
-            service.probe_at = now + service.stall
-            self.queue.try_stalled(service)  # it may have been one slow request, and all others are full
-        if stalled != service.stalled_seen:
-            service.stalled_seen = stalled
-            state = f'stalled: {service.in_flight} requests and no answer' if stalled else 'no longer stalled'
-            self._log(WARNING, f'[{service.name}] ({service.where}) is {state}')
 
 
 # ---------------------------------------------------------------------------
@@ -1948,7 +2220,7 @@ class Status:
         import json
 
         self._proxy, self._default, self._log = proxy, printable(default), log
-        self._services = proxy.balancer.services
+        self._services = list(proxy.pools)
         self._started = time.monotonic()
         # the last ten minutes, sampled: requests pay nothing for it
         self._samples = {service: deque([Sample.of(service)], maxlen=SAMPLES) for service in self._services}
@@ -2037,8 +2309,12 @@ class Status:
         """Return why no new client should be sent here, '' if there is no reason."""
         if self._proxy.draining:
             return 'draining'
-        able = any(service.able for service in self._services)
+        able = any(self.able(service) for service in self._services)
         return '' if able else f"no service is up: '{self._default}' is given to every request"
+
+    def able(self, service: Service) -> bool:
+        """Tell whether a service may get the next mail: it is up, or a trial is free."""
+        return service.state is UP or (service.state is TRIAL and self._proxy.pools[service].admits())
 
     # -- what is told
 
@@ -2068,19 +2344,19 @@ class Status:
         return now.after(next(old, samples[0]))
 
     def _service(self, service: Service, minute: Sample, answers: int, now: float, wall: float) -> dict[str, Any]:
-        recent = self._lately(service, RATE_SECONDS)
+        recent, pool = self._lately(service, RATE_SECONDS), self._proxy.pools[service]
         steps = [after.after(before) for before, after in itertools.pairwise(self._samples[service])]
         parts = {'p50': 0.5, 'p95': 0.95, 'p99': 0.99}
         slow = {name: Latency.quantile(minute.counts, part) for name, part in parts.items()}
         return {
             'name': service.name, 'address': service.where, 'prio': service.prio, 'weight': service.weight,
             'timeout': service.timeout, 'max': service.max,
-            'learned_max': service.learned if service.learned < service.max else None,
-            'state': service.state, 'stalled': service.stalled(now),
+            'full': pool.checker.full or None, 'use': pool.use,
+            'state': service.state, 'stalled': pool.stalled(now),
             'since': round(wall - (now - service.since), 3), 'lasting': round(now - service.since, 3),
             'why': service.why if service.queries else 'not asked yet',
-            'in_flight': service.in_flight, 'waiting': service.waiting,
-            'idle_connections': len(self._proxy.pools[service].idle),
+            'in_flight': len(pool.busy), 'waiting': pool.queue.wanting(pool),
+            'idle_connections': len(pool.idle) + len(pool.held), 'checks': len(pool.checker.running),
             'queries': service.queries, 'answers': service.answers, 'failed': service.failed,
             'verdicts': service.verdicts, 'failures': service.failures,
             # of the first moments as if of a second
@@ -2093,9 +2369,9 @@ class Status:
     def headline(self, minute: dict[Service, Sample], now: float, wall: float) -> tuple[str, str]:
         """Return how bad it is (ok, warning, bad), and in words which service, since when, why and what it cost."""
         services = self._services
-        ill = [service for service in services if service.state is not UP or service.stalled(now)]
+        ill = [service for service in services if service.state is not UP or self._proxy.pools[service].stalled(now)]
         said = [self._trouble(service, now, wall) for service in ill]
-        level = 'bad' if not any(service.able for service in services) else 'warning' if said else 'ok'
+        level = 'bad' if not any(self.able(service) for service in services) else 'warning' if said else 'ok'
         if len(said) > 3:
             said[3:] = [f'{len(said) - 3} more are not well.']
         if level == 'bad' and len(services) > 1:
@@ -2116,10 +2392,11 @@ class Status:
     def _trouble(self, service: Service, now: float, wall: float) -> str:
         """Return a sentence about a service that is down, on trial or stalled."""
         if service.state is UP:
-            silent = lasting(now - service.quiet_since)
-            return f'{service.name} is stalled: {service.in_flight} in flight and no answer for {silent}.'
+            busy = self._proxy.pools[service].busy
+            silent = lasting(now - max(service.answered_at, next(iter(busy)).since))
+            return f'{service.name} is stalled: {len(busy)} in flight and no answer for {silent}.'
         since = f'since {clock(wall - (now - service.since))} (for {lasting(now - service.since)}): {service.why}'
-        trial = '; it can be connected to and waits for a request' if service.able else ''
+        trial = '; it can be connected to and waits for a request' if self.able(service) else ''
         return f'{service.name} is down {since}{trial}.'
 
     def _cost(self, given: int, now: float) -> str:
@@ -2170,15 +2447,17 @@ class Status:
         yield 'clients', 'clients connected', [], [([], len(self._proxy.clients))]
         yield 'build_info', 'always 1; the version is its label', ['version'], [([__version__], 1)]
         yield 'start_time_seconds', 'unix time of the start', [], [([], started)]
-        values: tuple[tuple[str, str, Callable[[Service], float]], ...] = (
-            ('up', '1 if it is up, or on trial and waiting for a request; else 0', lambda s: s.able),
-            ('stalled', '1 if requests are in flight and none was answered for --stall', lambda s: s.stalled(now)),
-            ('in_flight', 'requests in flight', lambda s: s.in_flight),
-            ('max', 'requests in flight at most, as set or as learned', lambda s: min(s.max, s.learned)),
-            ('idle_connections', 'idle connections', lambda s: len(self._proxy.pools[s].idle)),
+        values: tuple[tuple[str, str, Callable[[Pool], float]], ...] = (
+            ('up', '1 if it is up, or on trial and waiting for a request; else 0', lambda pool: self.able(pool.service)),
+            ('stalled', '1 if requests are in flight and none was answered for --stall', lambda pool: pool.stalled(now)),
+            ('in_flight', 'requests in flight', lambda pool: len(pool.busy)),
+            ('max', 'connections at most', lambda pool: pool.service.max),
+            ('full', '1 if it does not serve a connection more', lambda pool: pool.checker.full > 0),
+            ('idle_connections', 'idle connections', lambda pool: len(pool.idle) + len(pool.held)),
         )
         for name, text, value in values:
-            yield f'service_{name}', text, ['service'], [([s.name], value(s)) for s in self._services]
+            rows = [([service.name], value(pool)) for service, pool in self._proxy.pools.items()]
+            yield f'service_{name}', text, ['service'], rows
 
 
 #: Name, help, names of the labels, and values by those of the labels.
@@ -2216,17 +2495,19 @@ def start_server(listener: socket.socket, handle: Callable[..., None], greenlets
 # ---------------------------------------------------------------------------
 
 
-def parse_default(text: str) -> bytes:
-    """Return the default action as bytes. Raises UsageError for one that Postfix would misread."""
+def parse_action(text: str, option: str) -> bytes:
+    """Return the action that an option gives, as bytes. Raises UsageError for one that Postfix would misread."""
     action = os.fsencode(text)
     try:
         if b'\n' in action or b'\r' in action:
             raise InvalidAnswer('a line break in the action')
         if action.lower().startswith(b'action='):
             raise InvalidAnswer("'action=' before the action")
-        return check_action(action)
+        if clean_action(action) != action.strip():
+            raise InvalidAnswer('bytes that are not UTF-8, or control characters')
+        return action.strip()
     except InvalidAnswer as error:
-        raise UsageError(f"--default '{text}': Postfix would misread {error}; allowed is one line of UTF-8 with an"
+        raise UsageError(f"{option} '{text}': Postfix would misread {error}; allowed is one line of UTF-8 with an"
                          " action of access(5), as 'dunno' or '451 4.3.5 try again later'") from None  # fmt: skip
 
 
@@ -2259,7 +2540,9 @@ class Options:
     def __init__(self, given: dict[str, Any]) -> None:
         """Raises UsageError."""
         self.services = parse_services(given['--service'])
-        self.default = parse_default(given['--default'])
+        self.default = parse_action(given['--default'], '--default')
+        failed = given['--failed']
+        self.failed = self.default if failed is None else parse_action(failed, '--failed')
         self.logging: bool = given['--logging']
         self.verbose: bool = given['--verbose']
         self.stdout: bool = given['--stdout']
@@ -2350,30 +2633,23 @@ def report_errors(log: Log) -> None:
     hub.print_exception = report
 
 
-#: What Postfix asks of smtpd_client_restrictions: no sender and no recipient, so nothing to remember or to count.
-HARMLESS_REQUEST = (b'request=smtpd_access_policy\nprotocol_state=CONNECT\nprotocol_name=SMTP\n'
-                    b'client_address=127.0.0.1\nclient_name=localhost\nreverse_client_name=localhost\nhelo_name=\n'
-                    b'sender=\nrecipient=\nrecipient_count=0\nqueue_id=\ninstance=\n\n')  # fmt: skip
-
-
 def check_service(service: Service) -> tuple[bool, list[str]]:
-    """Ask a service once; return whether it answered, and a row for the user."""
+    """Ask a service our own question; return whether its answer can be used, and a row for the user."""
     row = [service.name, service.where]
-    pool = Pool(service, Queue(Statistics()), Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
-    began = time.monotonic()
+    pool = Queue([service], Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))).pools[service]
+    connection, began = Connection(pool, time.monotonic()), time.monotonic()
     try:
         with gevent.Timeout(service.timeout, ServiceFailure(LATE, f'no answer within {service.timeout:g}s')):
-            connection = pool.open()
+            connection.open()
             connected = time.monotonic()
-            action = connection.exchange(HARMLESS_REQUEST)
-        answered = time.monotonic()
-        gevent.sleep(SETTLE)
-        if connection.poll(0) and pool.spoiled(connection):
-            raise ServiceFailure(INVALID, 'it sent more after its answer: requests could get those of others')
+            said, action = connection.check()
     except ServiceFailure as failure:
         return False, [*row, 'FAILED', f'{failure.reason}: {failure}']
-    times = f'connect {(connected - began) * 1000:6.1f} ms, answer {(answered - connected) * 1000:7.1f} ms'
-    return True, [*row, 'answered', times, f"{verdict(action)}: '{printable(action)}'"]
+    if said is SURPLUS:
+        return False, [*row, 'FAILED', 'invalid: bytes after the answer: requests could get those of others']
+    times = f'connect {(connected - began) * 1000:6.1f} ms, answer {(service.heard_at - connected) * 1000:7.1f} ms'
+    once = ', then it hangs up' if said is ENDED else ''
+    return True, [*row, 'answered', times, f"{verdict(action)}: '{printable(action)}'{once}"]
 
 
 def check_services(services: Sequence[Service]) -> int:
@@ -2522,6 +2798,15 @@ def client_limit(options: Options, log: Log) -> int:
     return min(asked or carried, carried)
 
 
+def limit_timeouts(services: Sequence[Service], deadline: float, log: Log) -> None:
+    """Leave each request time for a second service."""
+    for service in services if len(services) > 1 else []:
+        if service.timeout > deadline / 2:
+            log(WARNING, f'The timeout of {service.name}, {service.timeout:g}s, is cut to half of --deadline'
+                         f' {deadline:g}s: else a server that hangs would leave no time for another')  # fmt: skip
+            service.timeout = deadline / 2
+
+
 def stop_signal() -> gevent.event.Event:
     """Return what SIGTERM and SIGINT set; the second of them ends the process."""
     asked = gevent.event.Event()
@@ -2592,10 +2877,6 @@ def serve_listeners(listeners: Sequence[socket.socket], where: Sequence[str],
     greenlets: Any = GreenletPool(limit)  # one for each client
     servers = [start_server(listener, proxy.handle, greenlets) for listener in listeners]
     log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {", ".join(where)}')
-    eager = [service.name for service in options.services if service.timeout > options.deadline / 2]
-    if eager and len(options.services) > 1:
-        log(WARNING, f'The timeout of {", ".join(eager)} is over half of --deadline {options.deadline:g}s: a query that'
-                     ' would leave no time for another service is given up after half of what is left')  # fmt: skip
     if options.summary:
         gevent.spawn(proxy.summarize, options.summary)
     notify('READY=1')
@@ -2650,7 +2931,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = stop_signal()
     log = make_log(options, bool(listeners))
     report_errors(log)
-    proxy = Proxy(options.services, options.default, options.deadline, log)
+    limit_timeouts(options.services, options.deadline, log)
+    proxy = Proxy(options.services, options.default, options.failed, options.deadline, log, checked=bool(listeners))
     if status is not None:
         server = start_server(status, Status(proxy, options.default, log).handle, STATUS_CONNECTIONS)
         if options.reuse_port:  # the process that replaces this one is asked from now on, and never this one
@@ -2828,7 +3110,7 @@ function show_service(service, data) {
   put(cells['State'][0], state === 'trial' ? 'on trial' : state);
   put(cells['State'][1], `${service.why}\nsince ${clock(service.since, data.time)} (${lasting(service.lasting)})`);
   put(cells['In flight'][0], `${service.in_flight} / ${service.max}`);
-  put(cells['In flight'][1], (service.learned_max === null ? '' : `learned max ${service.learned_max}\n`)
+  put(cells['In flight'][1], (service.full === null ? '' : `full: serves ${service.full} connections\n`)
     + `${service.waiting} waiting\n${service.idle_connections} idle connections`);
   put(cells['Requests/s'][0], `${service.requests_per_second}`);
   put(cells['Requests/s'][1], service.share === null ? '' : `${(100 * service.share).toFixed(0)} % of answers`);

@@ -94,6 +94,11 @@ def attributes(message: bytes) -> dict[str, str]:
     return dict(line.rstrip('\r').split('=', 1) for line in lines if '=' in line)
 
 
+def is_check(message: bytes) -> bool:
+    """Tell whether a request is the proxy's own question."""
+    return b'protocol_state=CONNECT\n' in message and b'\nsender=\nrecipient=\n' in message
+
+
 def reset(sock: socket.socket) -> None:
     """Close with a reset instead of a FIN."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
@@ -165,7 +170,8 @@ class PolicyServerStub:
     def __init__(self, behaviour: Behaviour = echo, name: str = 'A', port: int = 0, path: str = '') -> None:
         self.behaviour, self.name, self.path = behaviour, name, path
         self.port = port or free_port()
-        self.requests: list[bytes] = []
+        self.requests: list[bytes] = []  # of mail
+        self.checks = 0  # requests that the proxy asked of its own
         self.accepted = 0
         self.peers: list[Peer] = []
         self._listener: socket.socket | None = None
@@ -225,7 +231,10 @@ class PolicyServerStub:
                 while b'\n\n' in buffer:
                     message, _, buffer = buffer.partition(b'\n\n')
                     message += b'\n\n'
-                    self.requests.append(message)
+                    if is_check(message):
+                        self.checks += 1
+                    else:
+                        self.requests.append(message)
                     peer.requests += 1
                     self.behaviour(peer, message)
                 data = peer.sock.recv(65536)
