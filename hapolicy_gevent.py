@@ -130,22 +130,23 @@ HOLD, MAX_IDLE = 1.0, 30
 LAST_IDLE, SPARE_IDLE = 60.0, 2.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
 MAX_AGE = 1000.0
-#: Seconds between two connections that are given up of a service that is full.
-GIVE_UP = 2.0
+#: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
+#: children. For a slow server ten times of what a query takes.
+GIVE_UP = 3.0
 #: Seconds a connection waits for the lookup of its service's name before it takes the address of last time, and for one
 #: that is under way when it cannot connect there.
 LOOKUP, LOOKUP_LAST = 0.1, 1.0
 
 #: Seconds between looks at the checks that run.
 TICK = 0.05
-#: Seconds after which a check is unanswered, while others are answered: the service is full.
+#: Seconds for which a check is not answered while requests that were sent later are: the service is full.
 UNANSWERED = 1.0
 #: Seconds without any answer after which a service is checked.
 UNHEARD = 30.0
 #: Seconds between checks of a service that is down: doubling from the first to the second, +-20 %.
 BACKOFF_FIRST, BACKOFF_LAST = 1.0, 30.0
-#: Mails at once for a service on trial, where no service is up.
-TRIALS = 5
+#: Mails at once for a service on trial, where no service is up; and seconds for which others wait for their answer.
+TRIALS, TRIAL_PATIENCE = 5, 0.5
 #: Messages whose service is remembered: twice this at most, ten minutes of a very busy site.
 MAX_INSTANCES = 20000
 #: Bytes of an instance that is remembered; Postfix's have about 30.
@@ -310,7 +311,7 @@ def clean_action(action: bytes) -> bytes:
     (smtpd_check.c, check_table_result). Bytes that are not UTF-8 would make Postfix use its own default, and it reads
     up to a NUL only: the word that decides is kept whole.
     """
-    word, *rest = re.split(rb'[\0- \x7f]+', action.strip(CONTROLS), maxsplit=1)
+    word, *rest = re.split(rb'[\0- \x7f]', action.strip(CONTROLS), maxsplit=1)
     if not word:
         raise InvalidAnswer('an empty action')
     if word.isdigit() and not rest:
@@ -382,6 +383,11 @@ class Latency:
         self.sum = 0.0  #: seconds of all queries in counts
         self._added: list[float] = []
         self.add = self._added.append  #: counts one query of so many seconds
+
+    @property
+    def mean(self) -> float:
+        """Seconds of a query, as of the last counts()."""
+        return self.sum / max(1, sum(self._counts))
 
     def counts(self) -> list[int]:
         """Return queries by bound. Sorts in what was added, which takes memory until then: cheaper than one by one."""
@@ -482,8 +488,8 @@ class Service(Settings):
     another service that is up: what a stranger can send is no proof.
     """
 
-    __slots__ = ('answered_at', 'blamed', 'changed', 'failures', 'heard_at', 'in_a_row', 'latency', 'queries', 'since',
-                 'state', 'verdicts', 'why')  # fmt: skip
+    __slots__ = ('answered_at', 'blamed', 'changed', 'failures', 'heard_at', 'in_a_row', 'latency', 'newest', 'queries',
+                 'since', 'state', 'verdicts', 'why')  # fmt: skip
 
     def __init__(self, *settings: Any, **more: Any) -> None:
         super().__init__(*settings, **more)
@@ -492,6 +498,7 @@ class Service(Settings):
         self.in_a_row: deque[str] = deque(maxlen=1000)  # why mails failed since the last that was answered
         self.answered_at = 0.0  # the last mail
         self.heard_at = 0.0  # the last answer, also to a check
+        self.newest = 0.0  # when the youngest request was sent that was answered
         self.queries = 0
         self.failures = dict.fromkeys(FAILURES, 0)
         self.verdicts = dict.fromkeys(VERDICTS, 0)  # of its answers
@@ -513,9 +520,15 @@ class Service(Settings):
         self.verdicts[VERDICT_OF.get(action.partition(b' ')[0]) or verdict(action)] += 1
         self.latency.add(now - since)
 
+    def heard(self, since: float, now: float) -> None:
+        """Note an answer to a mail or a check that was sent at `since`."""
+        self.heard_at = now
+        if since > self.newest:
+            self.newest = since
+
     def mail_answered(self, now: float) -> None:
         """Note that a mail was answered that was sent in this state."""
-        self.answered_at = self.heard_at = now
+        self.answered_at = now
         if self.in_a_row:
             self.in_a_row.clear()
         if self.state is not UP:
@@ -658,7 +671,7 @@ class Balancer:
         At first the one that was chosen for it alone, so that shares hold, or those of one prio; then all; and at last
         those that have stalled, which may be the doing of a slow message. None of a service whose trial is taken.
         """
-        there = [pool for pool in self.pools if pool not in tried and pool.admits()]
+        there = [pool for pool in self.pools if pool not in tried and pool.admits(now)]
         answering = there if waited >= STALLED_AFTER else [pool for pool in there if not pool.stalled(now)] or there
         if waited >= PATIENCE or not answering:
             return answering
@@ -1210,7 +1223,7 @@ class Connection(Wire):
         Raises ServiceFailure.
         """
         action = self.ask(CHECK, time.monotonic())
-        self.pool.service.heard_at = time.monotonic()
+        self.pool.service.heard(self.since, time.monotonic())
         if self.spent:
             return (SURPLUS if self.pool.use is SAYS_MORE else ENDED), action
         return self.listen(QUIET), action
@@ -1290,6 +1303,7 @@ class Checker:
         self.reason = ''  # why the last check failed
         self.late: Connection | None = None  # a check that took the service down, and is left waiting
         self._not_before, self._backoff = 0.0, BACKOFF_FIRST
+        self._waits: tuple[Connection, float] | None = None  # a check that others overtook, and when that was seen
         self._doubted = 0  # checks failed while no connection is open: 1, others run; 2, one more was begun
         self.spawn: Callable[..., Any] = gevent.spawn
 
@@ -1326,7 +1340,7 @@ class Checker:
             return
         due = now >= self.wanted
         number = pool.queue.wanting(pool) if self.enabled and pool.use is CHECKED else 0
-        number = min(max(number, due), 1 if self.full else service.max)
+        number = min(max(number, len(self.running) + due), 1 if self.full else service.max)
         if due and pool.open + len(self.running) >= service.max and not self.running:
             pool.close_idle()
         for _ in range(min(number - len(self.running), service.max - pool.open - len(self.running))):
@@ -1360,7 +1374,6 @@ class Checker:
         if self.running.pop(check, None) is None:
             return
         pool, service = self.pool, self.pool.service
-        service.heard_at = now
         self._not_before, self._backoff, self._doubted, self.reason = 0.0, BACKOFF_FIRST, 0, ''
         if said is SURPLUS:
             pool.said_more('more after the answer to its check')
@@ -1387,7 +1400,7 @@ class Checker:
             self._put_off(now)
             pool.queue.balancer.update()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
-            service.heard_at = now  # as ever: mail is the judge
+            service.heard(check.since, now)  # as ever: mail is the judge
         elif (service.heard_at > check.since) if reason is LATE else pool.count_open():
             self._limit(f'{reason}, {failure}', now)
         elif self.running:
@@ -1431,14 +1444,21 @@ class Checker:
                 continue  # answered, or about to be
             if waited > service.timeout:
                 self._late(check, now)
-            elif waited > UNANSWERED and service.heard_at > check.since and service.state is not DOWN and not self.full:
-                self._limit(f'no answer for {waited:.0f}s', now)
-                self.stop(but=check)
-                self._not_before = 0.0
+            elif service.newest > check.since and service.state is not DOWN and not self.full:
+                self._overtaken(check, now)
         quiet = now - max(service.heard_at, self.began)
         if quiet > UNHEARD or (quiet > service.stall and self.pool.stalled(now)):
             self.want(now)
         self.grow(now)
+
+    def _overtaken(self, check: Connection, now: float) -> None:
+        """Note that requests are answered that were sent after a check which is not: after a while no worker has it."""
+        if self._waits is None or self._waits[0] not in self.running:
+            self._waits = check, now
+        elif now - self._waits[1] > UNANSWERED:
+            self._limit(f'no answer for {now - check.since:.1f}s', now)
+            self.stop(but=check)
+            self._not_before = 0.0
 
     def _late(self, check: Connection, now: float) -> None:
         service = self.pool.service
@@ -1480,7 +1500,7 @@ class Pool:
         self.idle: list[Connection] = []
         self.held: dict[Connection, None] = {}
         self.busy: dict[Connection, None] = {}
-        self.gave_up_at = 0.0  # when a connection of a full service was last given up
+        self.gave_up_at = 0.0  # when a connection was last given up
         #: Returns a socket connected to the service. Raises OSError.
         self.connect = connector(service.address, self.report)
         self.checker = Checker(self, checked)
@@ -1502,11 +1522,16 @@ class Pool:
                 self.drop(connection, said)
         return len(self.idle) + len(self.held) + sum(not ended(connection) for connection in self.busy)
 
-    def admits(self) -> bool:
-        """Tell whether a request may wait for it: for one that is on trial only where a place is free."""
+    def admits(self, now: float) -> bool:
+        """Tell whether a request may wait for it.
+
+        For one that is on trial where a place is free, or while its answer can be expected: it was well until now.
+        """
         if self.service.state is UP:
             return True
-        return len(self.busy) + self.queue.wanting(self) < self.places
+        asked = [next(iter(each)).since for each in (self.busy, self.checker.running) if each]
+        return self.places > 0 and (len(self.busy) + self.queue.wanting(self) < self.places
+                                    or all(now - since < TRIAL_PATIENCE for since in asked))  # fmt: skip
 
     def ready(self, now: float) -> bool:
         """Tell whether it has a connection for a request, or will have one soon."""
@@ -1523,11 +1548,11 @@ class Pool:
             return False
         return now - next(iter(self.busy)).since > service.stall
 
-    def take(self, client: Client, now: float) -> Connection | None:
+    def take(self, client: Client, now: float, held: bool = True) -> Connection | None:
         """Return a silent connection, busy from now on; None if there is none.
 
         The one that answered the client's message last, or the most recently used one that no message holds, or the
-        longest idle one. Then the pool grows by one.
+        longest idle one, if it may be held by a message. Then the pool grows by one.
         """
         while len(self.busy) < self.places:
             connection = client.connection
@@ -1535,11 +1560,12 @@ class Pool:
                 del self.held[connection]
             elif self.idle:
                 connection = self.idle.pop()
-            elif self.held:
+            elif held and self.held:
                 connection = next(iter(self.held))
                 del self.held[connection]
                 if now - connection.idle_since < HOLD and len(self.held) < MAX_IDLE:
                     self.checker.want(now)
+                    self.checker.grow(now)
             elif self.unchecked and self.open < self.service.max:
                 connection = Connection(self, now)
             else:
@@ -1567,6 +1593,7 @@ class Pool:
         service.answered(action, connection.since, now)
         if connection in self.busy:
             connection.carried = True
+            service.heard(connection.since, now)
             if service.state is DOWN:
                 self.use = UNCHECKED
                 self.report(f'fails its checks ({self.checker.reason}), but answers mail: it is used without checks')
@@ -1588,9 +1615,7 @@ class Pool:
         if connection in self.busy:
             del self.busy[connection]
             reuse = reuse and not connection.spent and now < connection.expires and self.use in (CHECKED, UNCHECKED)
-            if reuse and self.checker.full and now - self.gave_up_at > GIVE_UP:
-                self.gave_up_at, reuse = now, False
-            if reuse:
+            if reuse and not ((connection.holder is None or self.checker.full) and self._gives_up(now)):
                 connection.idle_since = now
                 if connection.holder is None:
                     self.idle.append(connection)
@@ -1610,7 +1635,19 @@ class Pool:
         connection.holder = None
         if connection in self.held:
             del self.held[connection]
-            self.idle.append(connection)
+            if self._gives_up(time.monotonic()):
+                connection.close()
+            else:
+                self.idle.append(connection)
+
+    def _gives_up(self, now: float) -> bool:
+        """Tell whether a connection is to be closed now, so that another user of the server has his turn."""
+        if now - self.gave_up_at <= GIVE_UP or not (self.open or self.checker.full):
+            return False
+        if self.checker.enabled and now - self.gave_up_at > 10 * self.service.latency.mean:
+            self.gave_up_at = now
+            return True
+        return False
 
     def drop(self, connection: Connection, said: str) -> None:
         """Close an idle connection that ended, or said what nobody asked for."""
@@ -1732,7 +1769,9 @@ class Queue:
                 if waiter.done:
                     return
             ends = [since + seconds for seconds in (PATIENCE, STALLED_AFTER) if since + seconds > now]
-            self._sleep(waiter, min(*ends, deadline) - now if ends else deadline - now)
+            if any(pool.service.state is not UP for pool in pools):
+                ends.append(now + PATIENCE)
+            self._sleep(waiter, min([*ends, deadline]) - now)
             if waiter.done:
                 return
             waiter.woken.clear()
@@ -1764,7 +1803,7 @@ class Queue:
         while heap:
             waiter = heap[0][2]
             if not waiter.done:
-                connection = pool.take(waiter.client, now)
+                connection = pool.take(waiter.client, now, held=not pool.checker.growing(now))
                 if connection is None:
                     break
                 self._leave(waiter)
@@ -1883,18 +1922,19 @@ class Client(Wire):
             gevent.sleep(0)  # one that pipelines lets the others have their turn
             if not (self._watcher.active or self.ended) and len(buffer.data) <= MAX_MESSAGE:
                 self._watcher.start(self._readable)
-        while not buffer.data and not self.ended:
+        request = buffer.take() if buffer.data else None
+        while not (buffer.data or request or self.ended):
             data = self.receive()
             if data:
                 _, end, rest = data.partition(b'\n\n')  # find() would cost more: it wants its arguments in a tuple
                 if end and not rest and CR not in data and data[0] != LF:
                     return data  # one request and no more, as nearly always
                 buffer.data = data
+                request = buffer.take()
             elif data is not None:
                 self.ended = True
             elif self._leaving:
                 return None
-        request = buffer.take()
         return self._rest_of_request(seconds) if request is None and buffer.data else request
 
     def _rest_of_request(self, seconds: float) -> bytes:
@@ -2314,7 +2354,7 @@ class Status:
 
     def able(self, service: Service) -> bool:
         """Tell whether a service may get the next mail: it is up, or a trial is free."""
-        return service.state is UP or (service.state is TRIAL and self._proxy.pools[service].admits())
+        return service.state is UP or (service.state is TRIAL and self._proxy.pools[service].admits(time.monotonic()))
 
     # -- what is told
 

@@ -103,6 +103,7 @@ def test_a_server_that_hangs_up_by_a_reset_has_answered() -> None:
     with stubs(answer_and_reset, echo) as (a, b):
         status, lines = check(a.service, b.service)
         assert status == 0 and 'answered' in lines[0] and 'answered' in lines[1], lines
+        assert lines[0].endswith("ok: 'DUNNO', then it hangs up") and lines[1].endswith("ok: 'DUNNO  B'"), lines
         wait_until(lambda: not b.open, 10, 'its connection is closed')
 
 
@@ -115,10 +116,10 @@ def test_a_second_answer_that_comes_a_moment_later_is_told() -> None:
     with stubs(lie) as (a,):
         status, lines = check(a.service)
     assert status == 1 and 'answered' not in lines[0], lines
-    assert 'FAILED    invalid: it sent more after its answer' in lines[0], lines
+    assert 'FAILED    invalid: bytes after the answer' in lines[0], lines
 
 
-def test_the_request_names_no_sender_and_no_recipient() -> None:
+def test_the_request_is_the_proxys_check_and_names_no_sender_and_no_recipient() -> None:
     seen: list[dict[str, str]] = []
 
     def note(peer: Peer, message: bytes) -> None:
@@ -127,6 +128,7 @@ def test_the_request_names_no_sender_and_no_recipient() -> None:
 
     with stubs(note) as (a,):
         assert check(a.service)[0] == 0
+        assert (a.checks, a.requests) == (1, [])
     assert seen[0]['request'] == 'smtpd_access_policy' and seen[0]['protocol_state'] == 'CONNECT'
     assert seen[0]['sender'] == seen[0]['recipient'] == seen[0]['instance'] == ''
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.servers import checked, twice
 from tests.support import (
     Behaviour,
     HangUp,
@@ -17,10 +18,12 @@ from tests.support import (
     PostfixClient,
     ProxyProcess,
     answer,
+    attributes,
     echo,
     hang,
     hang_up,
     in_threads,
+    is_check,
     new_instance,
     request,
     reset,
@@ -42,20 +45,8 @@ def every_third(fault: Behaviour) -> Behaviour:
     return behave
 
 
-def twice(pause: float) -> Behaviour:
-    """Answer, and answer again after a pause."""
-
-    def behave(peer: Peer, message: bytes) -> None:
-        echo(peer, message)
-        if pause:
-            time.sleep(pause)
-        echo(peer, message)
-
-    return behave
-
-
 def twice_at_once(peer: Peer, message: bytes) -> None:
-    one = b'action=DUNNO twice A\n\n'
+    one = b'action=DUNNO %s A\n\n' % attributes(message)['instance'].encode()
     peer.send(one + one)
 
 
@@ -88,15 +79,14 @@ def reset_after_answer(peer: Peer, message: bytes) -> None:
     raise HangUp
 
 
-def crlf(peer: Peer, message: bytes) -> None:
-    instance = message.split(b'instance=')[1].split(b'\n')[0]
-    peer.send(b'action= DUNNO %s %s \r\n\r\n' % (instance, peer.server.name.encode()))
-
-
 def without_empty_line(peer: Peer, message: bytes) -> None:
-    instance = message.split(b'instance=')[1].split(b'\n')[0]
-    peer.send(b'other=1\naction=DUNNO %s %s\n' % (instance, peer.server.name.encode()))
+    own(b'other=1\naction=DUNNO %s A\n')(peer, message)
     raise HangUp
+
+
+def own(form: bytes) -> Behaviour:
+    """Answer with the request's own instance in these bytes."""
+    return lambda peer, message: peer.send(form % attributes(message)['instance'].encode())
 
 
 FAULTS: dict[str, Behaviour] = {
@@ -105,14 +95,12 @@ FAULTS: dict[str, Behaviour] = {
     'drips': drip,
     'hangs': hang,
     'answers half and hangs': half_and_hang,
-    'answers twice at once': twice_at_once,
     'rubbish': answer(b'\x00\xff\xfe garbage \n\n'),
     'an empty line': answer(b'\n'),
     'an empty action': answer(b'action=\n\n'),
     'a bare number': answer(b'action=550\n\n'),
     'a bare number in CRLF and blanks': answer(b'action= 550 \r\n\r\n'),
-    'NULs': answer(b'action=DUNNO\0\n\n'),
-    'not UTF-8': answer(b'action=REJECT caf\xe9\n\n'),
+    'NULs alone': answer(b'action=\0\0\n\n'),
     'too long': answer(b'action=' + b'x' * 70000 + b'\n\n'),
     'endless': answer(b'x' * 300000),
     'another case': answer(b'Action=DUNNO\n\n'),
@@ -122,11 +110,13 @@ FINE: dict[str, Behaviour] = {
     'slow': slow(0.05),
     'closes after each answer': close_after_answer,
     'resets after each answer': reset_after_answer,
-    'CRLF and blanks': crlf,
+    'CRLF and blanks': own(b'action= DUNNO %s A \r\n\r\n'),
+    'an empty line too many': own(b'action=DUNNO %s A\n\n\n'),
+    'a NUL behind the word': own(b'action=DUNNO\0%s A\n\n'),
+    'controls around the action': own(b'action=\0\x1bDUNNO %s A\0\n\n'),
+    'answers twice at once': twice_at_once,
     'closes instead of an empty line': without_empty_line,
-    'other lines first': lambda peer, message: peer.send(
-        b'foo=bar\nhello\naction=DUNNO ' + message.split(b'instance=')[1].split(b'\n')[0] + b' A\naction=REJECT\n\n'
-    ),
+    'other lines first': own(b'foo=bar\nhello\naction=DUNNO %s A\naction=REJECT\n\n'),
 }
 
 
@@ -141,10 +131,21 @@ def ask_all(proxy: ProxyProcess, clients: int = CLIENTS, requests: int = REQUEST
 
 
 @pytest.mark.parametrize('fault', FAULTS)
-def test_i1_and_i2_hold_beside_a_server_that_always_fails(fault: str) -> None:
+def test_a_server_that_fails_its_check_is_down_and_gets_no_mail(fault: str) -> None:
     with stubs(FAULTS[fault], echo) as (a, b), ProxyProcess('-s', a.service + ':::0.5', '-s', b.service) as proxy:
         assert set(ask_all(proxy)) == {'B'}
-        proxy.logged('[A]')
+        proxy.logged(f'[A] (127.0.0.1:{a.port}) is down: its check: ')
+        assert a.requests == [] and a.checks >= 1
+        assert proxy.terminate() == 0
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_i1_and_i2_hold_beside_a_server_that_always_fails_at_mail(fault: str) -> None:
+    behaviour = checked(FAULTS[fault])
+    with stubs(behaviour, echo) as (a, b), ProxyProcess('-s', a.service + ':::0.5', '-s', b.service) as proxy:
+        assert set(ask_all(proxy)) == {'B'}
+        assert 2 <= len(a.requests) < 100
+        proxy.logged('is down: mail failed ')
         assert proxy.terminate() == 0
 
 
@@ -152,13 +153,42 @@ def test_i1_and_i2_hold_beside_a_server_that_always_fails(fault: str) -> None:
 def test_i1_and_i2_hold_beside_a_server_that_fails_now_and_then(fault: str) -> None:
     behaviour = every_third(FAULTS[fault])
     with stubs(behaviour, echo) as (a, b), ProxyProcess('-s', a.service + ':::0.5', '-s', b.service) as proxy:
-        assert set(ask_all(proxy, 8, 15)) <= {'A', 'B'}
+        assert set(ask_all(proxy, 8, 15)) == {'A', 'B'}
 
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_i1_holds_with_the_failing_server_alone(fault: str) -> None:
     with stubs(FAULTS[fault]) as (a,), ProxyProcess('-s', a.service + ':::0.3', '-d', 'dunno') as proxy:
         assert set(ask_all(proxy, 8, 3)) == {'default'}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_i1_holds_with_a_server_alone_that_fails_at_mail(fault: str) -> None:
+    with stubs(checked(FAULTS[fault])) as (a,), ProxyProcess('-s', a.service + ':::0.3', '-d', 'dunno') as proxy:
+        assert set(ask_all(proxy, 8, 3)) == {'default'}
+        assert a.requests
+
+
+@pytest.mark.parametrize(
+    ('sent', 'action'),
+    [
+        (b'action=REJECT caf\xe9\n\n', 'REJECT caf?'),
+        (b'action=REJECT for\0you\x1b[31m\n\n', 'REJECT for?you?[31m'),
+        (b'action=REJECT\0\n\n', 'REJECT'),
+        (b'action=REJECT\n\n\n', 'REJECT'),
+        (b'action=REJECT\n\naction=DUNNO\n\n', 'REJECT'),
+        (b'action=REJECT\n\nrubbish', 'REJECT'),
+    ],
+)
+def test_i10_a_refusal_with_something_odd_in_it_refuses(sent: bytes, action: str) -> None:
+    with stubs(answer(sent)) as (a,), ProxyProcess('-s', a.service) as proxy:
+
+        def work(_: int) -> set[str]:
+            with proxy.client() as client:
+                return {client.ask(request(instance=new_instance())) for _ in range(10)}
+
+        assert in_threads(8, work) == [{action}] * 8
+        assert len(a.requests) == 80 and 'failed: ' not in proxy.log.replace('failed: 0', '')
 
 
 @pytest.mark.parametrize('kind', FINE)
@@ -180,15 +210,15 @@ def test_a_refusing_server_costs_nothing() -> None:
         a.stop()
         with ProxyProcess('-s', a.service, '-s', b.service) as proxy:
             assert set(ask_all(proxy)) == {'B'}
-            proxy.logged('[A]')
-            proxy.logged('is down: refused')
+            proxy.logged(f'[A] (127.0.0.1:{a.port}) is down: its check: refused, connection refused')
+            assert ') failed: ' not in proxy.log
 
 
 def test_i2_a_late_answer_reaches_nobody() -> None:
     late = threading.Event()
 
     def behave(peer: Peer, message: bytes) -> None:
-        if not late.is_set():
+        if not is_check(message) and not late.is_set():
             late.set()
             time.sleep(0.8)
         echo(peer, message)
@@ -257,18 +287,25 @@ def test_a_half_closed_client_gets_its_answers() -> None:
 
 @pytest.mark.parametrize('leave', [PostfixClient.close, lambda client: reset(client.sock)])
 def test_a_client_that_vanishes_leaves_no_connection_behind_that_is_used_again(leave: object) -> None:
-    with stubs(slow(0.3)) as (a,), ProxyProcess('-s', a.service) as proxy:
+    asked: list[Peer] = []
+
+    def behave(peer: Peer, message: bytes) -> None:
+        asked.append(peer)
+        slow(0.3)(peer, message)
+
+    with stubs(checked(behave)) as (a,), ProxyProcess('-s', a.service) as proxy:
         with proxy.client() as client:
             client.ask_own()
         time.sleep(0.2)
-        assert a.open == 1
         gone = proxy.client()
         gone.send(request(instance=new_instance()))
-        wait_until(lambda: len(a.requests) == 2)
+        wait_until(lambda: len(asked) == 2)
+        assert asked[1] is asked[0]
         leave(gone)  # type: ignore[operator]
-        wait_until(lambda: a.open == 0)
+        wait_until(asked[1].closed.is_set)
         with proxy.client() as client:
             assert client.ask_own() == 'A'
+        assert asked[2] is not asked[1]
 
 
 def test_unix_sockets_on_both_sides(tmp_path: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hapolicy_gevent import UsageError, parse_default, parse_listen, parse_service
+from hapolicy_gevent import UsageError, parse_action, parse_listen, parse_service
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,23 @@ def test_an_invalid_service_is_refused_with_its_value_and_what_is_allowed(text: 
     assert text in str(caught.value) and 'allowed is' in str(caught.value)
 
 
+OPTIONS = pytest.mark.parametrize('option', ['--default', '--failed'])
+
+
+@OPTIONS
 @pytest.mark.parametrize('text', ['dunno', 'DUNNO', '451 4.3.5 later', 'REJECT caf\u00e9', ' 450 x '])
-def test_a_default_action_is_taken(text: str) -> None:
-    assert parse_default(text) == text.strip().encode()
+def test_an_action_of_an_option_is_taken(text: str, option: str) -> None:
+    assert parse_action(text, option) == text.strip().encode()
 
 
-@pytest.mark.parametrize('text', ['', '  ', 'action=dunno', '550', ' 250 ', 'DUNNO\nX', 'DUNNO\r', 'a\0b', '\udcff'])
-def test_a_default_action_that_postfix_would_misread_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match='--default'):
-        parse_default(text)
+@OPTIONS
+@pytest.mark.parametrize(
+    'text',
+    ['', '  ', 'action=x', 'Action=x', '550', ' 250 ', 'DUNNO\nX', 'DUNNO\r', 'a\0b', 'a b\x07', '\x1b', '\udcff'],
+)
+def test_an_action_of_an_option_that_postfix_would_misread_is_refused(text: str, option: str) -> None:
+    with pytest.raises(UsageError, match=f'(?s)^{option} .*allowed is one line'):
+        parse_action(text, option)
 
 
 @pytest.mark.parametrize('text', ['127.0.0.1:10060', '[::1]:10060', '0.0.0.0:1', 'unix:/run/h.sock'])
