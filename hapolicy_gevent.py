@@ -132,7 +132,7 @@ LAST_IDLE, SPARE_IDLE = 60.0, 2.0
 MAX_AGE = 1000.0
 #: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
 #: children. For a slow server ten times of what a query takes.
-GIVE_UP = 3.0
+GIVE_UP = 2.0
 #: Seconds a connection waits for the lookup of its service's name before it takes the address of last time, and for one
 #: that is under way when it cannot connect there.
 LOOKUP, LOOKUP_LAST = 0.1, 1.0
@@ -633,9 +633,10 @@ class Balancer:
         """
         self.up = sum(pool.service.state is UP for pool in self.pools)
         for pool in self.pools:
-            service, trial = pool.service, 1 if self.up else TRIALS
-            pool.places = (service.max if service.state is UP else trial if service.state is TRIAL
-                           else TRIALS if not self.up and pool.checker.reason in (DROPPED, INVALID) else 0)  # fmt: skip
+            service = pool.service
+            untold = not self.up and pool.checker.reason in (DROPPED, INVALID)
+            trial = (0 if service.state is DOWN and not untold else 1 if self.up else TRIALS)
+            pool.places = service.max if service.state is UP else min(trial, service.max)
         self._rounds = []
         for _, group in itertools.groupby(self.pools, key=lambda pool: pool.service.prio):
             turns = list(one_cycle([pool for pool in group if pool.places]))
@@ -1431,7 +1432,7 @@ class Checker:
         self._not_before, self._doubted = now + BACKOFF_FIRST, 0
         if not self.full:
             self.full = max(1, self.pool.open)
-            self.pool.gave_up_at = now
+            self.pool.gave_up_at = 0.0
             self.pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. Set'
                                      f' its max to {self.full}, or give it more workers')  # fmt: skip
 
@@ -1500,7 +1501,7 @@ class Pool:
         self.idle: list[Connection] = []
         self.held: dict[Connection, None] = {}
         self.busy: dict[Connection, None] = {}
-        self.gave_up_at = 0.0  # when a connection was last given up
+        self.gave_up_at = time.monotonic()  # when a connection was last given up
         #: Returns a socket connected to the service. Raises OSError.
         self.connect = connector(service.address, self.report)
         self.checker = Checker(self, checked)
@@ -1555,7 +1556,7 @@ class Pool:
         longest idle one, if it may be held by a message. Then the pool grows by one.
         """
         while len(self.busy) < self.places:
-            connection = client.connection
+            connection, short = client.connection, False
             if connection in self.held and connection.holder is client:
                 del self.held[connection]
             elif self.idle:
@@ -1563,9 +1564,7 @@ class Pool:
             elif held and self.held:
                 connection = next(iter(self.held))
                 del self.held[connection]
-                if now - connection.idle_since < HOLD and len(self.held) < MAX_IDLE:
-                    self.checker.want(now)
-                    self.checker.grow(now)
+                short = now - connection.idle_since < HOLD and len(self.checker.running) <= len(self.held) < MAX_IDLE
             elif self.unchecked and self.open < self.service.max:
                 connection = Connection(self, now)
             else:
@@ -1573,6 +1572,9 @@ class Pool:
             if connection.poll is None or not connection.poll(0) or not (said := connection.look()):
                 connection.since = now
                 self.busy[connection] = None
+                if short:
+                    self.checker.want(now)
+                    self.checker.grow(now)
                 return connection
             self.drop(connection, said)
         return None
@@ -1615,7 +1617,8 @@ class Pool:
         if connection in self.busy:
             del self.busy[connection]
             reuse = reuse and not connection.spent and now < connection.expires and self.use in (CHECKED, UNCHECKED)
-            if reuse and not ((connection.holder is None or self.checker.full) and self._gives_up(now)):
+            waits = connection.holder is None or self.queue.wanting(self)
+            if reuse and not (waits and self._gives_up(now)):
                 connection.idle_since = now
                 if connection.holder is None:
                     self.idle.append(connection)

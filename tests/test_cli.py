@@ -15,14 +15,18 @@ from pathlib import Path
 import pytest
 
 import hapolicy_gevent
+from tests.servers import checked
 from tests.support import (
     ACTIVATED,
     MODULE,
     ROOT,
+    Behaviour,
     ProxyProcess,
+    answer,
     echo,
     free_port,
     hang,
+    hang_up,
     new_instance,
     request,
     slow,
@@ -48,6 +52,8 @@ def run(*arguments: str, stdin: bytes = b'') -> subprocess.CompletedProcess[byte
         (['-s', 'a=h:1', '-d', ''], '--default'),
         (['-s', 'a=h:1', '-d', '550'], 'bare number'),
         (['-s', 'a=h:1', '-d', 'a\nb'], 'line break'),
+        (['-s', 'a=h:1', '--failed='], "--failed ''"),
+        (['-s', 'a=h:1', '--failed=550'], "--failed '550': Postfix would misread the bare number"),
         (['-s', 'a=h:1', '--listen=nonsense'], "'nonsense'"),
         (['-s', 'a=h:1', '--listen=localhost:10060'], "'localhost:10060': a name"),
         (['-s', 'a=127.0.0.1%lo:1'], "'127.0.0.1%lo'"),
@@ -134,7 +140,7 @@ def test_ctrl_c_ends_a_check_without_a_traceback() -> None:
     with stubs(hang) as (a,):
         command = [sys.executable, str(MODULE), '-s', a.service, '--check-services']
         with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-            wait_until(lambda: a.requests)
+            wait_until(lambda: a.checks)
             process.send_signal(signal.SIGINT)
             assert process.communicate(timeout=20)[1] == b''
             assert process.returncode == -signal.SIGINT
@@ -331,6 +337,25 @@ def test_i5_under_spawn_stdout_is_never_the_log() -> None:
         assert spawned.rest() == b''
 
 
+def test_under_spawn_no_check_is_made_and_its_one_connection_is_kept() -> None:
+    with stubs(echo) as (a,), Spawned('-s', a.service) as spawned:
+        time.sleep(1)
+        assert a.accepted == 0, 'the first request opens it'
+        for i in range(5):
+            assert spawned.ask(ONE % b'%d' % i) == b'action=DUNNO %d A\n\n' % i
+        time.sleep(1)
+        assert (a.accepted, a.checks, len(a.requests)) == (1, 0, 5)
+
+
+@pytest.mark.parametrize('behaviour', [hang_up, answer(b'action=550\n\n')])
+def test_under_spawn_a_server_that_fails_at_a_request_gets_it_the_action_of_failed(behaviour: Behaviour) -> None:
+    with stubs(behaviour) as (a,), Spawned('-s', a.service, '-d', 'dunno', '--failed=451 later') as spawned:
+        assert spawned.ask(ONE % b'i') == b'action=451 later\n\n'
+        assert len(a.requests) == 1
+        a.stop()
+        assert spawned.ask(ONE % b'j') == b'action=dunno\n\n', 'it is down'
+
+
 def test_under_spawn_sigterm_answers_what_is_in_flight() -> None:
     with stubs(slow(0.5)) as (a,), Spawned('-s', a.service) as spawned:
         spawned.socket.sendall(ONE % b'i')
@@ -364,7 +389,7 @@ def test_sigterm_answers_what_is_in_flight_and_ends_with_status_0() -> None:
 
 
 def test_after_the_grace_it_ends_with_status_1() -> None:
-    with stubs(hang) as (a,), ProxyProcess('-s', a.service, '--grace=0.5') as proxy, proxy.client() as client:
+    with stubs(checked(hang)) as (a,), ProxyProcess('-s', a.service, '--grace=0.5') as proxy, proxy.client() as client:
         client.send(request())
         wait_until(lambda: a.requests)
         started = time.monotonic()
@@ -373,7 +398,7 @@ def test_after_the_grace_it_ends_with_status_1() -> None:
 
 
 def test_a_second_signal_ends_it_at_once() -> None:
-    with stubs(hang) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+    with stubs(checked(hang)) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
         client.send(request())
         wait_until(lambda: a.requests)
         proxy.process.send_signal(signal.SIGINT)

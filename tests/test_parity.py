@@ -109,6 +109,7 @@ CASES = {
     'a header to prepend': Case(['-s', 'A={A}:'], ['PREPEND X-A: b=c: d'], servers=[says('PREPEND X-A: b=c: d')]),
     'text in UTF-8': Case(['-s', 'A={A}:'], ['REJECT für dich'], servers=[says('REJECT für dich')]),
     'percent signs': Case(['-s', 'A={A}:'], ['REJECT 100%n %s'], servers=[says('REJECT 100%n %s')]),
+    'bytes behind the answer': Case(['-s', 'A={A}:'], ['DUNNO'], servers=[answer(b'action=DUNNO\n\nmore')]),
     # requests
     'several requests on one stdin': Case(['-s', 'A={A}:'], [f'DUNNO {i} A' for i in (1, 2, 3)], THREE),
     'no request': Case(['-s', 'A={A}:'], [], b''),
@@ -397,9 +398,6 @@ def test_an_action_on_a_later_line_is_found_where_the_ancestor_read_the_first_al
     [
         pytest.param(b'action=550\n\n', b'action=550\n\n', id='a bare number, which permits'),
         pytest.param(b'action= \n\n', b'action= \n\n', id='a blank, which permits'),
-        pytest.param(b'action=REJECT \xff\n\n', b'action=REJECT \xff\n\n', id='no UTF-8, which Postfix does not take'),
-        pytest.param(b'action=REJECT \0\n\n', b'action=REJECT \0\n\n', id='a NUL'),
-        pytest.param(b'action=DUNNO\n\nmore', b'action=DUNNO\n\n', id='bytes behind the answer'),
     ],
 )
 def test_an_answer_that_postfix_would_misread_is_a_failure_where_the_ancestor_passed_it_on(
@@ -410,6 +408,24 @@ def test_an_answer_that_postfix_would_misread_is_a_failure_where_the_ancestor_pa
         with stubs(answer(sent), echo) as [a, b]:
             ran = run(program, '-s', f'{a.service}:10', '-s', f'{b.service}:20', requests=ONE)
             assert (program, ran.stdout) == (program, expected)
+
+
+@pytest.mark.parametrize(
+    ('sent', 'passed_on'),
+    [
+        pytest.param(b'action=REJECT \xff\n\n', b'action=REJECT ?\n\n', id='no UTF-8, which Postfix does not take'),
+        pytest.param(b'action=REJECT a\0b\n\n', b'action=REJECT a?b\n\n', id='a NUL, where Postfix stops to read'),
+        pytest.param(b'action=REJECT\0a\n\n', b'action=REJECT a\n\n', id='a NUL behind the word'),
+    ],
+)
+def test_a_refusal_with_bytes_that_are_no_text_refuses_where_the_ancestor_passed_them_on(
+    sent: bytes, passed_on: bytes
+) -> None:
+    """Postfix would use its own default for what is not UTF-8."""
+    with stubs(answer(sent)) as [a]:
+        ancestor, ours = run_both('-s', f'{a.service}:', requests=ONE)
+    assert ancestor.stdout == sent
+    assert ours.stdout == passed_on
 
 
 def test_an_answer_ended_by_crlf_is_turned_to_lf_where_the_ancestor_kept_the_cr() -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.servers import checked
 from tests.status import StatusProxy
-from tests.support import ROOT, SCALE, answer, echo, free_port, request, slow, stubs, wait_until
+from tests.support import ROOT, SCALE, answer, echo, free_port, hang_up, request, slow, stubs, wait_until
 
 pytest.importorskip('prometheus_client', reason='prometheus-client is not installed')
 needs_promtool = pytest.mark.skipif(not shutil.which('promtool'), reason='promtool (prometheus) is not installed')
@@ -92,11 +93,13 @@ def test_prometheus_reads_what_was_counted(tmp_path: Path) -> None:
             assert 1 < server.query('rate(hapolicy_requests_total[10s])')[''] < 30
             p99 = server.query('histogram_quantile(0.99, rate(hapolicy_query_seconds_bucket[20s]))')
             assert 0 < p99['A'] < 0.03 < p99['B'] <= 0.5
-            b.stop()
-            for _ in range(4):
+            b.behaviour = checked(hang_up)
+            for _ in range(2):
                 client.ask(request())
+            wait_until(lambda: server.query('hapolicy_failures_total{reason="dropped"}') == {'A': 0, 'B': 1}, 10, 'it')
+            b.stop()
             wait_until(lambda: server.query('hapolicy_service_up') == {'A': 1, 'B': 0}, 10, 'B down')
-            assert server.query('hapolicy_failures_total{reason="refused"}') == {'A': 0, 'B': 1}
+            assert server.query('hapolicy_failures_total{reason="refused"}') == {'A': 0, 'B': 0}, 'it got no mail'
             wait_until(lambda: server.alerts() == {'HapolicyServiceDown'}, 10, 'the alert')
 
 

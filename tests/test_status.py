@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from hapolicy_gevent import STATUS_PAGE, Latency, buckets, lasting
+from tests.servers import checked
 from tests.status import StatusProxy
 from tests.support import (
     MODULE,
@@ -27,6 +28,7 @@ from tests.support import (
     echo,
     free_port,
     hang,
+    hang_up,
     new_instance,
     request,
     slow,
@@ -68,7 +70,8 @@ def test_the_counts_are_those_of_the_requests() -> None:
     }
     first, second = data['services']
     assert (first['name'], first['prio'], first['weight'], first['max'], first['state']) == ('A', 10, 3, 100, 'up')
-    assert (second['timeout'], second['max'], second['learned_max'], second['stalled']) == (7, 9, None, False)
+    assert (second['timeout'], second['max'], second['stalled']) == (7, 9, False)
+    assert (second['use'], second['full'], second['checks'], second['waiting']) == ('checked', None, 0, 0)
     assert (first['answers'], second['answers']) == (30, 10) == (first['verdicts']['ok'], second['verdicts']['reject'])
     assert (first['share'], second['share']) == (0.75, 0.25)
     assert first['requests_per_second'] > 1 and first['idle_connections'] == 1
@@ -89,12 +92,14 @@ def test_the_history_counts_each_step() -> None:
 def test_the_headline_tells_which_since_when_why_and_what_it_cost() -> None:
     with stubs(echo, echo) as (a, b), StatusProxy('-s', a.service, '-s', b.service) as proxy:
         assert proxy.data()['headline'] == {'level': 'ok', 'text': 'All 2 services are up (2 not asked yet).'}
+        ask(proxy, 4)
         b.stop()
+        proxy.logged('[B] (' + b.service[2:] + ') is down: ')
         ask(proxy, 4)
         headline = proxy.data()['headline']
         assert headline['level'] == 'warning'
         assert re.fullmatch(
-            r"B is down since \d\d:\d\d \(for \d+ s\): refused\. B failed 1 of 1 queries in the last \d+ s\."
+            r"B is down since \d\d:\d\d \(for \d+ s\): its check: refused, connection refused\."
             r" No request got the default action 'dunno' since the start\.",
             headline['text'],
         )
@@ -104,30 +109,47 @@ def test_the_headline_tells_which_since_when_why_and_what_it_cost() -> None:
         assert headline['level'] == 'bad' and headline['text'].startswith('No service is up. A is down since ')
         assert headline['text'].endswith("3 requests got the default action 'dunno' since the start.")
         down = proxy.data()['services'][1]
-        assert (down['state'], down['why'], down['failures']['refused']) == ('down', 'refused', 1)
+        assert (down['state'], down['why']) == ('down', 'its check: refused, connection refused')
+        assert set(down['failures'].values()) == {0}, 'no mail was sent to it'
         assert 0 < down['lasting'] < 60 and down['since'] == pytest.approx(time.time() - down['lasting'], abs=1)
 
 
+def test_a_service_that_was_never_up_is_told_with_its_reason() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service, '-s', REFUSED_SERVICE) as proxy:
+        proxy.logged('[GONE] (127.0.0.1:1) is down: ')
+        data = proxy.data()
+        assert (data['services'][1]['state'], data['services'][1]['queries']) == ('down', 0)
+        assert data['services'][1]['why'] == 'its check: refused, connection refused'
+        assert re.match(r'GONE is down since \S+ \(for \d+ s\): its check: refused, ', data['headline']['text'])
+
+
 def test_one_outage_has_one_beginning_and_its_last_reason() -> None:
-    with stubs(answer(b'action=550\n\n')) as (a,), StatusProxy('-s', a.service) as proxy:
-        ask(proxy, 3)
-        first = proxy.data()['services'][0]
-        proxy.logged('is trial', 10)
-        ask(proxy, 1)
-        proxy.logged('is down: invalid 3 times in a row (down for ', 10)
-        last = proxy.data()['services'][0]
-        assert last['since'] == pytest.approx(first['since'], abs=0.1) and last['lasting'] > 0.8
-        assert (first['why'], last['why']) == ('invalid 2 times in a row', 'invalid 3 times in a row')
-        a.behaviour = echo
-        wait_until(lambda: ask(proxy, 1) and proxy.data()['services'][0]['state'] == 'up', 20, 'up')
-        assert proxy.data()['services'][0]['why'] == 'answered again'
+    with stubs(checked(answer(b'action=550\n\n')), echo) as (a, b):
+        with StatusProxy('-s', a.service, '-s', b.service) as proxy:
+            ask(proxy, 4)
+            proxy.logged('is down: mail failed 2 times in a row, the last: invalid (up for ')
+            first = proxy.data()['services'][0]
+            proxy.logged('is trial: its check passed (down for ')
+            waiting = proxy.data()
+            assert waiting['services'][0]['state'] == 'trial' and waiting['headline']['level'] == 'warning'
+            assert waiting['headline']['text'].startswith('A is down since ')
+            assert waiting['headline']['text'].count('it can be connected to and waits for a request') == 1
+            ask(proxy, 2)
+            proxy.logged('is down: mail failed 1 times in a row, the last: invalid (down for ')
+            last = proxy.data()['services'][0]
+            assert last['since'] == pytest.approx(first['since'], abs=0.1) and last['lasting'] > 0.8
+            whys = [f'mail failed {number} times in a row, the last: invalid' for number in (2, 1)]
+            assert [first['why'], last['why']] == whys
+            a.behaviour = echo
+            wait_until(lambda: ask(proxy, 2) and proxy.data()['services'][0]['state'] == 'up', 20, 'up')
+            assert proxy.data()['services'][0]['why'] == 'mail was answered'
 
 
 def test_a_service_that_fails_now_and_then_is_told_although_it_is_up() -> None:
     def every_second(peer: Peer, message: bytes) -> None:
         (hang if len(peer.server.requests) % 2 else echo)(peer, message)
 
-    with stubs(every_second, echo) as (a, b):
+    with stubs(checked(every_second), echo) as (a, b):
         with StatusProxy('-s', a.service + ':::1.5', '-s', b.service + ':20') as proxy:
             with proxy.client() as client:
                 for _ in range(4):
@@ -138,7 +160,7 @@ def test_a_service_that_fails_now_and_then_is_told_although_it_is_up() -> None:
 
 
 def test_a_stalled_service_is_told() -> None:
-    with stubs(hang) as (a,), StatusProxy('-s', a.service, '--stall=0.5') as proxy, proxy.client() as client:
+    with stubs(checked(hang)) as (a,), StatusProxy('-s', a.service, '--stall=0.5') as proxy, proxy.client() as client:
         client.send(request())
         wait_until(lambda: proxy.data()['services'][0]['stalled'], 10, 'stalled')
         data = proxy.data()
@@ -160,16 +182,13 @@ def test_health_is_good_while_a_service_is_up() -> None:
         health = proxy.get('/health')
         assert (health.status, health.text) == (200, 'ok\n')
         a.stop()
-        ask(proxy, 1)
-        health = proxy.get('/health')
-        assert (health.status, health.text) == (503, "no service is up: 'dunno' is given to every request\n")
+        wait_until(lambda: proxy.get('/health').status == 503, 5, 'illness, without a request')
+        assert proxy.get('/health').text == "no service is up: 'dunno' is given to every request\n"
         a.start()
-        wait_until(lambda: proxy.get('/health').status == 200, 20, 'health, without a request: it waits on trial')
-        waiting = proxy.data()
-        assert waiting['services'][0]['state'] == 'trial' and waiting['headline']['level'] == 'warning'
-        assert 'A is down since ' in waiting['headline']['text']
-        assert waiting['headline']['text'].count('it can be connected to and waits for a request') == 1
-        assert ask(proxy, 1) and proxy.data()['services'][0]['state'] == 'up'
+        wait_until(lambda: proxy.get('/health').status == 200, 5, 'health, without a request')
+        data = proxy.data()
+        assert (data['requests'], data['services'][0]['state'], data['headline']['level']) == (4, 'up', 'warning')
+        assert data['headline']['text'].startswith('GONE is down since ')
 
 
 def test_a_proxy_that_drains_answers_and_says_so() -> None:
@@ -199,8 +218,9 @@ def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def test_every_metric_is_the_counter() -> None:
-    with stubs(echo, answer(b'action=450 wait\n\n')) as (a, b):
-        with StatusProxy('-s', a.service, '-s', b.service, '-s', 'x"\\=127.0.0.1:1') as proxy:
+    with stubs(echo, answer(b'action=450 wait\n\n'), checked(hang_up)) as (a, b, c):
+        services = [f'-s{each}' for each in (a.service, b.service, f'x"\\=127.0.0.1:{c.port}', REFUSED_SERVICE)]
+        with StatusProxy(*services, '--fall=1000') as proxy:
             ask(proxy, 30)
             with proxy.client() as client:
                 client.send(b'cut off')
@@ -225,7 +245,9 @@ def test_every_metric_is_the_counter() -> None:
         assert found['hapolicy_query_seconds_bucket', ('+Inf', who)] == service['answers']
         for name in ('in_flight', 'max', 'idle_connections', 'stalled'):
             assert found[f'hapolicy_service_{name}', (who,)] == service[name]
-    assert found['hapolicy_answers_total', ('B', 'defer')] > 0 < found['hapolicy_failures_total', ('refused', 'x"\\')]
+        assert found['hapolicy_service_full', (who,)] == (service['full'] is not None)
+    assert [service['state'] for service in data['services']] == ['up', 'up', 'up', 'down']
+    assert found['hapolicy_answers_total', ('B', 'defer')] > 0 < found['hapolicy_failures_total', ('dropped', 'x"\\')]
     assert {name.partition('_')[0] for name, _ in found} == {'hapolicy'}
 
 
@@ -385,7 +407,7 @@ hapolicy.patch_sockets()
 hapolicy.report_errors(log)
 listener = hapolicy.bind(hapolicy.Address(socket.AF_INET, '127.0.0.1', %d), 0, False)
 listener.listen()
-proxy = hapolicy.Proxy([hapolicy.parse_service('A=127.0.0.1:9')], b'dunno', 90, log)
+proxy = hapolicy.Proxy([hapolicy.parse_service('A=127.0.0.1:9')], b'dunno', b'dunno', 90, log, checked=False)
 hapolicy.start_server(listener, Status(proxy, b'dunno', log).handle, 20)
 reader = socket.create_connection(listener.getsockname())
 reader.sendall(b'GET / HTTP/1.1\\r\\n\\r\\n')
