@@ -1314,7 +1314,7 @@ class Checker:
             return False
         if self.running:
             return now - next(iter(self.running)).since < PATIENCE
-        return self.enabled and self.pool.open < self.pool.service.max
+        return self.enabled and self.pool.room > 0
 
     def want(self, when: float) -> None:
         """Ask for a check although no request waits for one."""
@@ -1334,17 +1334,18 @@ class Checker:
         if service.state is DOWN:
             if self.enabled:
                 self.stop()  # one that is late was left waiting
-                self._start(now)
-                self._not_before = math.inf
+                if pool.room > 0:
+                    self._start(now)
+                    self._not_before = math.inf
             else:
                 service.turn(TRIAL, 'mail may try it', now)
             return
         due = now >= self.wanted
         number = pool.queue.wanting(pool) if self.enabled and pool.use is CHECKED else 0
         number = min(max(number, len(self.running) + due), 1 if self.full else service.max)
-        if due and pool.open + len(self.running) >= service.max and not self.running:
+        if due and pool.room <= 0 and not self.running:
             pool.close_idle()
-        for _ in range(min(number - len(self.running), service.max - pool.open - len(self.running))):
+        for _ in range(min(number - len(self.running), pool.room)):
             self._start(now)
 
     def _start(self, now: float) -> None:
@@ -1516,6 +1517,11 @@ class Pool:
         """Whether mail rides on connections that were not checked: see Balancer.update() for one that is down."""
         return self.use is not CHECKED or self.service.state is DOWN
 
+    @property
+    def room(self) -> int:
+        """How many connections may be opened now."""
+        return self.service.max - self.open - len(self.checker.running)
+
     def count_open(self) -> int:
         """Return how many connections are open, after a look for those that have ended."""
         for connection in [*self.idle, *self.held]:
@@ -1540,7 +1546,7 @@ class Pool:
             return False
         if self.idle or self.held:
             return True
-        return self.open < self.service.max if self.unchecked else self.checker.growing(now)
+        return self.room > 0 if self.unchecked else self.checker.growing(now)
 
     def stalled(self, now: float) -> bool:
         """Tell whether mail is in flight and none was answered for `stall` seconds."""
@@ -1565,7 +1571,7 @@ class Pool:
                 connection = next(iter(self.held))
                 del self.held[connection]
                 short = now - connection.idle_since < HOLD and len(self.checker.running) <= len(self.held) < MAX_IDLE
-            elif self.unchecked and self.open < self.service.max:
+            elif self.unchecked and self.room > 0:
                 connection = Connection(self, now)
             else:
                 return None

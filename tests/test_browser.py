@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.servers import checked
 from tests.status import StatusProxy
-from tests.support import Behaviour, Peer, ProxyProcess, echo, hang, request, stubs, wait_until
+from tests.support import Behaviour, Peer, ProxyProcess, echo, hang, hang_up, request, stubs, wait_until
 
 CHROMIUM, DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
 if not (CHROMIUM and DRIVER):
@@ -127,16 +128,20 @@ def test_a_service_goes_down_and_returns_before_ones_eyes(browser: Browser) -> N
         row = browser.driver.find_elements(By.CSS_SELECTOR, '#services tr')[1]
         ask(proxy, 10)
         wait_until(lambda: 'ok 5' in row.text, 10, 'the answers')
+        b.behaviour = checked(hang_up)
+        ask(proxy, 2)
+        wait_until(lambda: 'dropped 1' in row.text, 10, 'the failure')
         b.stop()
-        ask(proxy, 4)
         browser.sees('B is down since')
-        assert 'down' in row.text and 'refused' in row.text and 'refused 1' in row.text
-        assert '(for ' in browser.text and 'refused. B failed 1 of ' in browser.text
+        wait_until(lambda: 'down\nits check: refused, connection refused\nsince ' in row.text, 10, 'its state')
+        assert '(for ' in browser.text and 'refused, connection refused. B failed 1 of ' in browser.text
         assert 'No request got the default action' in browser.text
         assert browser.driver.title == 'warning - hapolicy'
+        b.behaviour = echo
         b.start()
-        wait_until(lambda: ask(proxy, 2) and 'up\nanswered again' in row.text, 20, 'up again')
+        wait_until(lambda: 'up\nits check passed\nsince ' in row.text, 20, 'up again, without a request')
         browser.sees('All 2 services are up.')
+        assert 'dropped 1' in row.text and 'ok 5' in row.text
         assert browser.run('window.loaded_once') is True
         assert browser.driver.find_element(By.ID, 'told').get_attribute('aria-live') == 'polite'
 
@@ -225,7 +230,7 @@ def test_light_and_dark_can_both_be_read(browser: Browser, scheme: str) -> None:
 
 
 def test_the_state_is_told_in_words_to_a_screen_reader(browser: Browser) -> None:
-    with stubs(echo, hang) as (a, b):
+    with stubs(echo, checked(hang)) as (a, b):
         with StatusProxy('-s', a.service + ':20', '-s', b.service + ':10', '--stall=0.5') as proxy:
             with proxy.client() as client:
                 client.send(request())

@@ -73,6 +73,13 @@ class Site:
             services = [f'-sGREY1=127.0.0.1:{self.one}:10', f'-sGREY2=127.0.0.1:{self.two}:10']
             self.proxy = ProxyProcess(*services, *self.options, port=self.port, python=PYTHON)
 
+    def finds(self, *names: str) -> None:
+        """Wait until the daemon has found these services up; a spawned one looks when it is asked."""
+        for name in names if self.proxy is not None else ():
+            assert self.proxy is not None
+            place = {'GREY1': self.one, 'GREY2': self.two}[name]
+            self.proxy.logged(f'[{name}] (127.0.0.1:{place}) is up: its check passed', 5)
+
     @property
     def running(self) -> list[int]:
         """The processes of the proxy."""
@@ -133,6 +140,7 @@ def test_the_program_runs_as_the_ancestors_man_page_has_it() -> None:
 def test_postgrey_is_heard_through_the_proxy(site: Site) -> None:
     """A mail is put off, and taken when it is tried again later, with one header that says so."""
     with postgrey(site.one, delay=2), site.postfix.client() as client:
+        site.finds('GREY1')
         begun = time.monotonic()
         code, text = send_in(client, 'alice@example.net', 'bob@example.org', 'carol@example.org')
         assert code == 450 and 'Greylisted' in text
@@ -154,6 +162,7 @@ def test_a_verdict_of_postfwd_reaches_the_smtp_client(site: Site) -> None:
     """Who is to be rejected is rejected in the server's words, in whatever order; all others pass."""
     rules = 'id=R1; sender==mallory@example.net; action=554 5.7.1 no mail from mallory\n'
     with postfwd(site.one, rules), postfwd(site.two, rules), site.postfix.client() as client:
+        site.finds('GREY1', 'GREY2')
         for _ in range(5):
             code, text = send_in(client, 'mallory@example.net')
             assert code == 554 and 'no mail from mallory' in text
@@ -166,6 +175,7 @@ def test_no_mail_is_put_off_or_lost_when_a_server_is_killed_in_mid_load(site: Si
     mails = 400
     rule = 'id=R1; action=PREPEND X-Policy: %s\n'
     with postfwd(site.one, rule % 'one') as one, postfwd(site.two, rule % 'two'):
+        site.finds('GREY1', 'GREY2')
         load = subprocess.Popen(
             ['/usr/sbin/smtp-source', '-s', '4', '-m', str(mails), '-l', '500', '-f', 'alice@example.net',
              '-t', 'bob@example.org', f'127.0.0.1:{site.postfix.port}'],
@@ -214,6 +224,7 @@ def test_the_smtp_client_sees_the_default_action_that_was_asked_for(mode: str) -
 def test_a_restart_of_the_proxy_between_two_mails_loses_nothing(site: Site) -> None:
     """In the same SMTP session as in a new one, with a mail half said."""
     with PolicyServerStub(port=site.one) as server, site.postfix.client() as client:
+        site.finds('GREY1')
         assert send_in(client)[0] == 250
         site.restart()
         assert send_in(client)[0] == 250
@@ -229,13 +240,15 @@ def test_a_restart_of_the_proxy_between_two_mails_loses_nothing(site: Site) -> N
 
 def test_a_restart_of_postfix_loses_nothing(site: Site) -> None:
     """`postfix reload` ends each smtpd after its session; the proxy serves the old ones and the new."""
-    with PolicyServerStub(port=site.one), site.postfix.client() as client:
+    with PolicyServerStub(port=site.one) as server, site.postfix.client() as client:
+        site.finds('GREY1')
         assert send_in(client)[0] == 250
         site.postfix.command('reload')
         site.postfix.logged('reload -- version')
         assert send_in(client)[0] == 250
         assert site.postfix.send()[0] == 250
         wait_until(lambda: site.postfix.delivered == 3, 20, 'all are delivered')
+        assert len(server.requests) == 3, 'each was asked about once'
 
 
 def read_to_end(client: PostfixClient) -> bytes:
