@@ -124,10 +124,10 @@ CONNECT_TIMEOUT = 5.0
 QUIET = 0.05
 #: Seconds after which a connection that was never silent for QUIET rests, before its next use.
 REST_AFTER = 1.0
-#: Seconds for which a message holds the connection that answered it, and how many are held at most.
+#: Seconds for which a message holds the connection that answered it, and how many are opened for that.
 HOLD, MAX_IDLE = 1.0, 30
-#: Seconds for which the last idle connection is kept (as mtpolicyd does), and the others: a server may have few workers.
-LAST_IDLE, SPARE_IDLE = 60.0, 2.0
+#: Seconds for which an idle connection is kept beside another: a server may have few workers.
+SPARE_IDLE = 2.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
 MAX_AGE = 1000.0
 #: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
@@ -141,10 +141,12 @@ LOOKUP, LOOKUP_LAST = 0.1, 1.0
 TICK = 0.05
 #: Seconds for which a check is not answered while requests that were sent later are: the service is full.
 UNANSWERED = 1.0
-#: Seconds without any answer after which a service is checked.
+#: Seconds without any answer after which a service is checked, and its last idle connection closed.
 UNHEARD = 30.0
-#: Seconds between checks of a service that is down: doubling from the first to the second, +-20 %.
+#: Seconds between checks of a service that is down: doubling from the first to the second; the first where none is up.
 BACKOFF_FIRST, BACKOFF_LAST = 1.0, 30.0
+#: From 0.8 to 1.2: proxies that saw one server die are not to check it together.
+JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
 #: Mails at once for a service on trial, where no service is up; and seconds for which others wait for their answer.
 TRIALS, TRIAL_PATIENCE = 5, 0.5
 #: Messages whose service is remembered: twice this at most, ten minutes of a very busy site.
@@ -244,8 +246,8 @@ EMPTY_LINE = re.compile(rb'\n\r?\n').search
 LINE_ENDS = b'\r\n'
 PRINTABLE = bytes(range(SPACE, 127))
 CONTROLS = bytes(range(SPACE + 1)) + b'\x7f'  # and the blank
-#: Control characters become '?'.
-VISIBLE = bytes(code if code >= SPACE and code != 127 else ord('?') for code in range(256))
+#: Control characters become '?', but for a tab.
+VISIBLE = bytes(code if code in b'\t' or (code >= SPACE and code != 127) else ord('?') for code in range(256))
 
 
 def end_of_message(data: bytes, start: int = 0) -> int:
@@ -304,6 +306,11 @@ def instance_of(request: bytes) -> bytes | None:
     return instance if len(instance) <= MAX_INSTANCE else b''
 
 
+def is_plain(action: bytes) -> bool:
+    """Tell whether an action is as nearly all are: printable ASCII, a word first, no blank last."""
+    return action > b'A' and action[-1] > SPACE and not action.translate(None, PRINTABLE)
+
+
 def clean_action(action: bytes) -> bytes:
     """Return the action as Postfix is to get it: no surrounding blanks, and '?' for what is not printable UTF-8.
 
@@ -311,13 +318,12 @@ def clean_action(action: bytes) -> bytes:
     (smtpd_check.c, check_table_result). Bytes that are not UTF-8 would make Postfix use its own default, and it reads
     up to a NUL only: the word that decides is kept whole.
     """
-    word, *rest = re.split(rb'[\0- \x7f]', action.strip(CONTROLS), maxsplit=1)
-    if not word:
+    action = re.sub(rb'^([^\0- \x7f]+)[\0-\x08\n-\x1f\x7f]', rb'\1 ', action.strip(CONTROLS))
+    if not action:
         raise InvalidAnswer('an empty action')
-    if word.isdigit() and not rest:
-        raise InvalidAnswer(f'the bare number {word[:40].decode()} as action')
-    text = b' '.join([word, *rest]).translate(VISIBLE)
-    return text.decode('ascii' if text.isascii() else 'utf-8', 'replace').replace('\ufffd', '?').encode()
+    if action.isdigit():
+        raise InvalidAnswer(f'the bare number {action[:40].decode()} as action')
+    return action.translate(VISIBLE).decode('utf-8', 'replace').replace('\ufffd', '?').encode()
 
 
 def parse_answer(data: bytes, closed: bool = False) -> tuple[bytes, bool] | None:
@@ -328,11 +334,6 @@ def parse_answer(data: bytes, closed: bool = False) -> tuple[bytes, bool] | None
     """
     if len(data) > MAX_MESSAGE:
         raise InvalidAnswer(f'an answer over {MAX_MESSAGE} bytes')
-    if data[-2:] == b'\n\n' and data[:7] == b'action=' and LF not in (action := data[7:-2]):
-        # nearly always: one line and the empty one, of a word first, no blank last, ASCII
-        if action > b'A' and action[-1] > SPACE and not action.translate(None, PRINTABLE):
-            return action, False
-        return clean_action(action), False
     end = end_of_message(data)
     if not end and not closed:
         return None
@@ -476,34 +477,22 @@ class Settings:
         self.prio, self.weight = prio, weight
         self.timeout = timeout  # seconds for a whole query
         self.max = maximum  # connections and checks at once
-        self.fall = 2  # failures in a row that take it down
+        self.fall = 2  # failed mails in a row that take it down beside another
         self.stall = 5.0  # seconds without an answer while mail is in flight
 
 
-class Service(Settings):
-    """One policy server: its settings, its counters, and whether it is up. Pure: it never does I/O.
+class Counted(Settings):
+    """A policy server, and what it was asked and answered."""
 
-    States: UP takes mail; DOWN takes none until a check passes; TRIAL takes some mails at a time until one is
-    answered. A check is our own question to it, asked on a new connection. Mail alone takes it down only beside
-    another service that is up: what a stranger can send is no proof.
-    """
+    __slots__ = ('failures', 'latency', 'queries', 'verdicts')
 
-    __slots__ = ('answered_at', 'blamed', 'changed', 'failures', 'heard_at', 'in_a_row', 'latency', 'newest', 'queries',
-                 'since', 'state', 'verdicts', 'why')  # fmt: skip
-
-    def __init__(self, *settings: Any, **more: Any) -> None:
-        super().__init__(*settings, **more)
-        self.state, self.since, self.why = UP, 0.0, 'never down'
-        self.blamed = False  # mail took it down, or put it on trial: it stays on trial until mail is answered
-        self.in_a_row: deque[str] = deque(maxlen=1000)  # why mails failed since the last that was answered
-        self.answered_at = 0.0  # the last mail
-        self.heard_at = 0.0  # the last answer, also to a check
-        self.newest = 0.0  # when the youngest request was sent that was answered
+    def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
+                 timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
+        super().__init__(name, address, prio, weight, timeout, maximum)
         self.queries = 0
         self.failures = dict.fromkeys(FAILURES, 0)
         self.verdicts = dict.fromkeys(VERDICTS, 0)  # of its answers
         self.latency = Latency()  # of its answers, from the request to the answer
-        self.changed: Callable[[Service, str, float], None] = lambda service, text, now: None
 
     @property
     def answers(self) -> int:
@@ -515,20 +504,51 @@ class Service(Settings):
         """Queries that got no usable answer."""
         return sum(self.failures.values())
 
-    def answered(self, action: bytes, since: float, now: float) -> None:
-        """Count an answer to a mail that was sent at `since`."""
+    def count(self, action: bytes, seconds: float) -> None:
+        """Count an answer to a mail that took so long."""
         self.verdicts[VERDICT_OF.get(action.partition(b' ')[0]) or verdict(action)] += 1
-        self.latency.add(now - since)
+        self.latency.add(seconds)
 
-    def heard(self, since: float, now: float) -> None:
-        """Note an answer to a mail or a check that was sent at `since`."""
-        self.heard_at = now
+
+class Service(Counted):
+    """One policy server: its settings, its counters, and whether it is up. Pure: it never does I/O.
+
+    States: UP takes mail; DOWN takes none until a check passes; TRIAL takes some mails at a time until one is
+    answered. A check is our own question to it, asked on a new connection. Mail alone takes it down only beside
+    another service that is up: what a stranger can send is no proof.
+    """
+
+    __slots__ = ('answered_at', 'blamed', 'changed', 'checked_at', 'in_a_row', 'newest', 'since', 'state', 'why')
+
+    def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
+                 timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
+        super().__init__(name, address, prio, weight, timeout, maximum)
+        self.state, self.since, self.why = UP, 0.0, 'never down'
+        self.blamed = False  # mail took it down, or put it on trial: it stays on trial until mail is answered
+        self.in_a_row: deque[str] = deque(maxlen=1000)  # why mails failed since the last that was answered
+        self.answered_at = self.checked_at = 0.0  # the last answer to a mail, and to a check (monotonic seconds)
+        self.newest = 0.0  # when the youngest request was sent that was answered
+        self.changed: Callable[[Service, str, float], None] = lambda service, text, now: None
+
+    @property
+    def heard_at(self) -> float:
+        """When it answered last (monotonic seconds)."""
+        return max(self.answered_at, self.checked_at)
+
+    def check_answered(self, since: float, now: float) -> None:
+        """Note an answer to a check that began at `since`."""
+        self.checked_at, self.newest = now, max(self.newest, since)
+
+    def check_passed(self, now: float) -> None:
+        """Note that a check passed: if it was down it is up, or on trial if mail took it down."""
+        if self.state is DOWN:
+            self.turn(TRIAL if self.blamed else UP, 'its check passed', now)
+
+    def mail_answered(self, since: float, now: float) -> None:
+        """Note an answer to a mail that was sent at `since`, in this state."""
+        self.answered_at = now
         if since > self.newest:
             self.newest = since
-
-    def mail_answered(self, now: float) -> None:
-        """Note that a mail was answered that was sent in this state."""
-        self.answered_at = now
         if self.in_a_row:
             self.in_a_row.clear()
         if self.state is not UP:
@@ -555,11 +575,6 @@ class Service(Settings):
         elif alone and self.state is UP and fallen and all(each is LATE for each in last):
             self.blamed = True
             self.turn(TRIAL, f'{self.fall} mails in a row had no answer in time, but its check has one', now)
-
-    def check_passed(self, now: float) -> None:
-        """Note that it answered a check: if it was down it is up, or on trial if mail took it down."""
-        if self.state is DOWN:
-            self.turn(TRIAL if self.blamed else UP, 'its check passed', now)
 
     def turn(self, state: str, why: str, now: float) -> None:
         """Change the state, and report it."""
@@ -656,8 +671,8 @@ class Balancer:
         for turns in self._rounds:
             waits = False
             for pool in turns():
-                if pool in tried or pool.stalled(now):
-                    continue
+                if pool in tried or (now - pool.service.answered_at > pool.service.stall and pool.stalled(now)):
+                    continue  # the first part saves a call, nearly always
                 if pool.idle or pool.ready(now):
                     self.bind(instance, pool)
                     return pool
@@ -958,7 +973,11 @@ class Wire:
 
         Raises OSError.
         """
-        self.wait()
+        self._waits = True
+        try:
+            SWITCH_TO(self._hub)
+        finally:
+            self._waits = False
         recv = self._recv  # called as self._recv() it is looked for as a method first, at full length
         try:
             return recv(RECEIVE)
@@ -1030,12 +1049,12 @@ def connect_failure(error: OSError, family: int) -> ServiceFailure:
     return ServiceFailure(UNREACHABLE, error.strerror or str(error))
 
 
-def connector(address: Address, report: Callable[[str], None]) -> Callable[[], socket.socket]:
-    """Return what connects to a service's address."""
+def connector(address: Address, seconds: float, report: Callable[[str], None]) -> Callable[[], socket.socket]:
+    """Return what connects to a service's address, within so many seconds."""
     family, host, port = address
     if family == socket.AF_UNSPEC or (family == socket.AF_INET6 and '%' in host):
-        return HostName(address, report).connect
-    return functools.partial(connect, family, host if family == socket.AF_UNIX else (host, port))
+        return HostName(address, seconds, report).connect
+    return functools.partial(connect, family, host if family == socket.AF_UNIX else (host, port), seconds)
 
 
 class HostName:
@@ -1045,8 +1064,8 @@ class HostName:
     a time: a name server that hangs keeps one of gevent's threads busy for each name, not all.
     """
 
-    def __init__(self, address: Address, tell: Callable[[str], None]) -> None:
-        self._address, self._tell = address, tell
+    def __init__(self, address: Address, seconds: float, report: Callable[[str], None]) -> None:
+        self._address, self._seconds, self._report = address, seconds, report
         self._known: list[tuple[int, Any]] = []  # families and socket addresses
         self._failed: set[tuple[int, Any]] = set()  # not connected to when last tried: asked last
         self._trouble = ''
@@ -1062,7 +1081,7 @@ class HostName:
         except (OSError, UnicodeError) as error:  # the latter of the idna codec
             trouble = getattr(error, 'strerror', None) or str(error)
         if trouble != self._trouble and self._known:
-            self._tell(f'host name: {trouble}; it is asked where it was last' if trouble else 'host name: found again')
+            self._report(f'host name: {trouble}; asking where it was last' if trouble else 'host name: found again')
         self._trouble = trouble
 
     def connect(self) -> socket.socket:
@@ -1083,10 +1102,10 @@ class HostName:
         failure = None if known else OSError(errno.EHOSTUNREACH, self._trouble)
         for address in sorted(known, key=self._failed.__contains__):
             try:
-                sock = connect(*address, CONNECT_TIMEOUT / len(known))
-            except (OSError, gevent.Timeout) as error:
+                sock = connect(*address, self._seconds / len(known))
+            except (OSError, gevent.Timeout, gevent.GreenletExit) as error:
                 self._failed.add(address)
-                if isinstance(error, gevent.Timeout):  # the query is over
+                if not isinstance(error, OSError):  # the query is over, or the check
                     raise
                 # one that was too slow may be well: the mildest that can be said
                 failure = error if failure is None or isinstance(error, TimeoutError) else failure
@@ -1104,7 +1123,7 @@ CHECK = (b'request=smtpd_access_policy\nprotocol_state=CONNECT\nprotocol_name=SM
          b'server_port=25\nhelo_name=\nsender=\nrecipient=\nrecipient_count=0\nqueue_id=\ninstance=\nsize=0\n'
          b'etrn_domain=\nstress=\nsasl_method=\nsasl_username=\nsasl_sender=\nccert_subject=\nccert_issuer=\n'
          b'ccert_fingerprint=\nccert_pubkey_fingerprint=\nencryption_protocol=\nencryption_cipher=\n'
-         b'encryption_keysize=0\ntls_sni=\npolicy_context=\ncompatibility_level=3.6\nmail_version=3.12\n\n')  # fmt: skip
+         b'encryption_keysize=0\ntls_sni=\npolicy_context=\ncompatibility_level=3.6\nmail_version=3.12\n\n')
 #: What may come behind an answer: the end of the connection, or more bytes.
 ENDED, SURPLUS = 'ended', 'surplus'
 #: How the connections of a service are used: again if they passed a check; once each, without a check, if the service
@@ -1126,11 +1145,11 @@ class Connection(Wire):
         self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
         self.used = self.carried = False  # it answered something; it answered mail
         self.spent = False  # not to be used again
-        self.holder: Client | None = None  # whose message was answered by it last
+        self.holder: Client | None = None  # whose message was answered by it last, and may ask more
         #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: it may be taken again before the
         #: loop has polled. None while it is not open.
         self.poll: Callable[[int], list[tuple[int, int]]] | None = None
-        self._data = b''
+        self._data = b''  # of an answer
 
     def open(self) -> None:
         """Connect. Raises ServiceFailure."""
@@ -1158,13 +1177,12 @@ class Connection(Wire):
         again = self.carried or (self.used and idle > QUIET)
         if self.poll is None:
             self.open()
-        else:
-            if idle >= QUIET:
-                self.silent_at = now
-            elif now - self.silent_at > REST_AFTER:
-                if self.listen(QUIET - idle):
-                    raise Ended(DROPPED, 'it was not silent between two requests')
-                self.silent_at = now
+        elif idle >= QUIET:
+            self.silent_at = now
+        elif now - self.silent_at > REST_AFTER:
+            if self.listen(QUIET - idle):
+                raise Ended(DROPPED, 'it was not silent between two requests')
+            self.silent_at = now
         self._data = b''
         try:
             self.send(request)
@@ -1173,7 +1191,10 @@ class Connection(Wire):
                     return action
         except OSError:
             pass  # ended by a reset: as good as closed
-        return self._after_end(again)
+        self.spent = True
+        if not self._data:
+            raise (Ended if again else ServiceFailure)(DROPPED, 'it hung up without an answer')
+        return self._parse(closed=True) or b''
 
     def arrived(self) -> bytes | None:
         """Return the action if a whole answer came while we did not run. Raises ServiceFailure."""
@@ -1184,19 +1205,23 @@ class Connection(Wire):
         return None
 
     def _take_in(self, chunk: bytes) -> bytes | None:
-        if self._data:
-            seen = len(self._data)
+        seen = len(self._data)
+        if seen:
             self._data += chunk
             if not end_of_message(self._data, max(1, seen - 2)) and len(self._data) <= MAX_MESSAGE:
                 return None  # all of one that drips is not to be read again at each drop
+        elif chunk[-2:] == b'\n\n' and chunk[:7] == b'action=' and is_plain(action := chunk[7:-2]):  # nearly always
+            self.used = True
+            return action
         else:  # behind the last answer, an empty line too many may have come late
-            self._data = chunk.lstrip(LINE_ENDS) if self.used and chunk[0] <= CR else chunk
-            if not self._data:
-                return None
+            self._data = chunk.lstrip(LINE_ENDS) if self.used else chunk
+        return self._parse() if self._data else None
+
+    def _parse(self, closed: bool = False) -> bytes | None:
         try:
-            answer = parse_answer(self._data)
+            answer = parse_answer(self._data, closed)
         except InvalidAnswer as error:
-            raise ServiceFailure(INVALID, str(error)) from None
+            raise ServiceFailure(DROPPED if closed else INVALID, str(error)) from None
         if answer is None:
             return None
         action, surplus = answer
@@ -1206,25 +1231,13 @@ class Connection(Wire):
             self.pool.said_more('more than one answer to a request')
         return action
 
-    def _after_end(self, again: bool) -> bytes:
-        self.spent = True
-        if not self._data:
-            raise (Ended if again else ServiceFailure)(DROPPED, 'it hung up without an answer')
-        try:
-            answer = parse_answer(self._data, closed=True)
-        except InvalidAnswer as error:
-            raise ServiceFailure(DROPPED, str(error)) from None
-        assert answer is not None
-        self.used = True
-        return answer[0]
-
     def check(self) -> tuple[str, bytes]:
         """Ask our own question; return what came behind the answer, as look() does, and the action.
 
         Raises ServiceFailure.
         """
         action = self.ask(CHECK, time.monotonic())
-        self.pool.service.heard(self.since, time.monotonic())
+        self.pool.service.check_answered(self.since, time.monotonic())
         if self.spent:
             return (SURPLUS if self.pool.use is SAYS_MORE else ENDED), action
         return self.listen(QUIET), action
@@ -1249,12 +1262,16 @@ class Connection(Wire):
                 self.wait()
         return said or self.look()
 
+    def ended(self) -> bool:
+        """Tell whether the server has ended it, whatever is there to receive before that."""
+        ends = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+        return self.poll is not None and any(event & ends for _, event in self.poll(0))
+
     def unexpected(self) -> None:
-        if self in self.pool.idle or self in self.pool.held:
-            if said := self.look():
-                self.pool.drop(self, said)
-        else:
+        if self not in self.pool.idle:
             self._watcher.stop()  # still sending
+        elif said := self.look():
+            self.pool.drop(self, said)
 
     def send_slowly(self, data: bytes) -> None:
         super().send_slowly(data)
@@ -1291,71 +1308,71 @@ class Checker:
     for QUIET: the connection joins the pool. No mail waits on a check that is not answered, so many may run at once.
 
     A service is *full* when it serves some connections and lets a further check wait, or ends it: a prefork server
-    whose children are all taken, or a limit. Then one check at a time is made, and now and then a connection is given
-    up: someone else may wait for it. Full is not down, and ends when more connections are served than then.
+    whose children are all taken, or a limit. Then one check at a time is made. Full is not down, and ends when more
+    connections are served than then.
     """
 
     def __init__(self, pool: Pool, enabled: bool) -> None:
         self.pool, self.enabled = pool, enabled
         self.running: dict[Connection, Any] = {}  # each check and its greenlet
-        self.full = 0  # connections that were served when a further one was not
         self.wanted = 0.0 if enabled else math.inf  # when a check is due that no request waits for (monotonic seconds)
-        self.began = -math.inf  # the last check
+        self.full = 0  # connections that were served when a further one was not
         self.reason = ''  # why the last check failed
-        self.late: Connection | None = None  # a check that took the service down, and is left waiting
-        self._not_before, self._backoff = 0.0, BACKOFF_FIRST
-        self._waits: tuple[Connection, float] | None = None  # a check that others overtook, and when that was seen
+        self.late: Connection | None = None  # a check that had no answer in time, and is left waiting
+        self._failed_at, self._backoff = -math.inf, BACKOFF_FIRST
+        self._began = -math.inf  # the last check
+        self._overtaken: tuple[Connection, float] | None = None  # a check that later requests overtook, and since when
         self._doubted = 0  # checks failed while no connection is open: 1, others run; 2, one more was begun
-        self.spawn: Callable[..., Any] = gevent.spawn
+
+    def spawn(self, check: Connection) -> Any:
+        """Run a check in a greenlet of its own."""
+        return gevent.spawn(self._run, check)
+
+    def _pauses(self, now: float) -> bool:
+        """Tell whether it is too early for another check, as one failed."""
+        down = self.pool.service.state is DOWN and self.pool.queue.balancer.up
+        return now < self._failed_at + (self._backoff * JITTER if down else BACKOFF_FIRST)
 
     def growing(self, now: float) -> bool:
         """Tell whether a request that waits a moment may expect a new connection."""
-        if self.full or self._doubted or now < self._not_before:
+        if self.full or self._doubted or not self.enabled or self._pauses(now):
             return False
         if self.running:
             return now - next(iter(self.running)).since < PATIENCE
-        return self.enabled and self.pool.room > 0
+        return self.pool.room > 0
 
-    def want(self, when: float) -> None:
-        """Ask for a check although no request waits for one."""
+    def want(self, now: float, soon: bool = True) -> None:
+        """Ask for a check although no request waits for one: if it is not to be soon, one a second."""
         if self.enabled:
-            self.wanted = min(self.wanted, when)
-
-    def hurry(self, now: float) -> None:
-        """Check a service that is down within a second: no service is up."""
-        if self._not_before < math.inf:
-            self._not_before = min(self._not_before, now + BACKOFF_FIRST)
+            self.wanted = min(self.wanted, now if soon else max(now, self._began + BACKOFF_FIRST))
 
     def grow(self, now: float) -> None:
-        """Start the checks that are due: as many as requests wait for, one where none is up or no more is served."""
-        pool, service = self.pool, self.pool.service
-        if now < self._not_before or self._doubted:
+        """Start the checks that are due: as many as requests wait for; one where the service is down or full."""
+        pool, number = self.pool, 0
+        if self._doubted or self._pauses(now):
             return
-        if service.state is DOWN:
-            if self.enabled:
-                self.stop()  # one that is late was left waiting
-                if pool.room > 0:
-                    self._start(now)
-                    self._not_before = math.inf
-            else:
-                service.turn(TRIAL, 'mail may try it', now)
-            return
-        due = now >= self.wanted
-        number = pool.queue.wanting(pool) if self.enabled and pool.use is CHECKED else 0
-        number = min(max(number, len(self.running) + due), 1 if self.full else service.max)
-        if due and pool.room <= 0 and not self.running:
-            pool.close_idle()
+        if pool.service.state is DOWN:
+            if self.running and self.late is None:
+                return
+            if not self.enabled:
+                return pool.service.turn(TRIAL, 'mail may try it', now)
+            self.stop()  # the one that is late
+            number = 1
+        elif self.enabled:
+            number = max(pool.wanting if pool.use is CHECKED else 0, len(self.running) + (now >= self.wanted))
+            number = min(number, 1) if self.full else number
         for _ in range(min(number - len(self.running), pool.room)):
             self._start(now)
 
     def _start(self, now: float) -> None:
-        self.wanted, self.began = math.inf, now
+        self.wanted, self._began = math.inf, now
         check = Connection(self.pool, now)
-        self.running[check] = self.spawn(self._run, check)
+        self.running[check] = self.spawn(check)
 
     def _run(self, check: Connection) -> None:
+        kept = check  # compiled, nothing else holds it once stop() has dropped it
         try:
-            said, _ = check.check()
+            said, _ = kept.check()
         except ServiceFailure as failure:
             self.failed(check, failure, time.monotonic())
         except Exception as error:  # a fault of ours says nothing of the service
@@ -1363,28 +1380,30 @@ class Checker:
         else:
             self.passed(check, said, time.monotonic())
         finally:
-            if check not in self.pool.idle and check not in self.pool.busy:
-                check.close()
+            if kept not in self.pool.idle and kept not in self.pool.busy:
+                kept.close()
 
     def stop(self, but: Connection | None = None) -> None:
         """Close the checks that are running, but for one: they say nothing of the service now."""
         for check in [check for check in self.running if check is not but]:
             self.running.pop(check).kill(block=False)
+        self.late = self.late if self.late is but else None
 
     def passed(self, check: Connection, said: str, now: float) -> None:
         """Take in a connection whose check was answered; what it said after that decides how it is used."""
         if self.running.pop(check, None) is None:
             return
-        pool, service = self.pool, self.pool.service
-        self._not_before, self._backoff, self._doubted, self.reason = 0.0, BACKOFF_FIRST, 0, ''
+        pool = self.pool
+        self._failed_at, self._backoff, self._doubted = -math.inf, BACKOFF_FIRST, 0
+        self.reason, self.late = '', None
         if said is SURPLUS:
             pool.said_more('more after the answer to its check')
         elif pool.use is not SAYS_MORE:
             pool.use = SINGLE_USE if said is ENDED else CHECKED
-        service.check_passed(now)
+        pool.service.check_passed(now)
         if pool.use is CHECKED:
             pool.admit(check, now)
-        if self.full and pool.open > self.full:
+        if pool.open > self.full:
             self.full = 0
         pool.queue.hand_over(pool, now)
 
@@ -1392,17 +1411,14 @@ class Checker:
         """Judge a service by a check that failed."""
         if self.running.pop(check, None) is None:
             return
-        pool, service = self.pool, self.pool.service
-        reason = failure.reason
+        pool, service, reason = self.pool, self.pool.service, failure.reason
         if reason not in JUDGED:  # a fault of ours
-            self._not_before, self._doubted = now + BACKOFF_FIRST, 0
+            self._failed_at, self._doubted = now, 0
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
-            self.reason = reason
-            self._put_off(now)
-            pool.queue.balancer.update()
+            self._down(reason, '', now)
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
-            service.heard(check.since, now)  # as ever: mail is the judge
+            service.check_answered(check.since, now)  # as ever: mail is the judge
         elif (service.heard_at > check.since) if reason is LATE else pool.count_open():
             self._limit(f'{reason}, {failure}', now)
         elif self.running:
@@ -1414,120 +1430,104 @@ class Checker:
             self._down(reason, str(failure), now)
 
     def _down(self, reason: str, text: str, now: float) -> None:
-        self.reason = reason
-        self.pool.service.turn(DOWN, f'its check: {reason}, {text}', now)
+        """Take the service down, or leave it down: the next check is twice as far."""
+        self.reason, self._failed_at = reason, now
+        if self.pool.service.state is DOWN:
+            self._backoff = min(BACKOFF_LAST, self._backoff * 2)
+            self.pool.queue.balancer.update()
+        else:
+            self.pool.service.turn(DOWN, f'its check: {reason}, {text}', now)
 
-    def down(self, now: float) -> None:
+    def reset(self, now: float) -> None:
         """Start anew, as the service went down."""
         self.stop(but=self.late)
         self.full = self._doubted = 0
-        self._backoff = BACKOFF_FIRST
-        self._put_off(now)
-
-    def _put_off(self, now: float) -> None:
-        seconds = self._backoff * jitter() if self.pool.queue.balancer.up else BACKOFF_FIRST
-        self._not_before = now + seconds
-        self._backoff = min(BACKOFF_LAST, self._backoff * 2)
+        self._failed_at, self._backoff = now, BACKOFF_FIRST
 
     def _limit(self, why: str, now: float) -> None:
-        self._not_before, self._doubted = now + BACKOFF_FIRST, 0
+        """Note that no more connections are served than are open."""
+        self._failed_at, self._doubted = now, 0
         if not self.full:
             self.full = max(1, self.pool.open)
             self.pool.gave_up_at = 0.0
-            self.pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. Set'
-                                     f' its max to {self.full}, or give it more workers')  # fmt: skip
+            self.pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. Set its max to'
+                             f' {self.full}, or give it more workers')  # fmt: skip
 
     def watch(self, now: float) -> None:
         """Judge the checks that are not answered, and start those that are due."""
         service = self.pool.service
         for check in list(self.running):
-            waited = now - check.since
             if check.used or check is self.late or (check.poll is not None and check.poll(0)):
                 continue  # answered, or about to be
-            if waited > service.timeout:
-                self._late(check, now)
+            if now - check.since > service.timeout:
+                self._too_late(check, now)
             elif service.newest > check.since and service.state is not DOWN and not self.full:
-                self._overtaken(check, now)
-        quiet = now - max(service.heard_at, self.began)
+                self._wait_for(check, now)
+        quiet = now - max(service.heard_at, self._began)
         if quiet > UNHEARD or (quiet > service.stall and self.pool.stalled(now)):
             self.want(now)
         self.grow(now)
 
-    def _overtaken(self, check: Connection, now: float) -> None:
-        """Note that requests are answered that were sent after a check which is not: after a while no worker has it."""
-        if self._waits is None or self._waits[0] not in self.running:
-            self._waits = check, now
-        elif now - self._waits[1] > UNANSWERED:
+    def _wait_for(self, check: Connection, now: float) -> None:
+        """Find the service full, if a check is not answered although for long now later requests are."""
+        if self._overtaken is None or self._overtaken[0] not in self.running:
+            self._overtaken = check, now
+        elif now - self._overtaken[1] > UNANSWERED:
             self._limit(f'no answer for {now - check.since:.1f}s', now)
             self.stop(but=check)
-            self._not_before = 0.0
 
-    def _late(self, check: Connection, now: float) -> None:
-        service = self.pool.service
-        if service.heard_at > check.since:  # it answers others
-            self._limit(f'no answer for {service.timeout:g}s', now)
+    def _too_late(self, check: Connection, now: float) -> None:
+        text = f'no answer within {self.pool.service.timeout:g}s'
+        if self.pool.service.heard_at > check.since:  # it answers others
+            self._limit(text, now)
             self.stop()
             self.want(now)
-            return
-        self.late = check  # it goes on waiting: a server that was stopped answers it when it goes on
-        if service.state is DOWN:
-            self._put_off(now)
-        else:
-            self._down(LATE, f'no answer within {service.timeout:g}s', now)
-
-
-def jitter() -> float:
-    """Return a factor from 0.8 to 1.2: proxies that saw one server die are not to check it together."""
-    return 0.8 + 0.4 * os.urandom(1)[0] / 255
-
-
-def ended(connection: Connection) -> bool:
-    """Tell whether the server has ended a connection, whatever is there to receive before that."""
-    ends = select.POLLRDHUP | select.POLLHUP | select.POLLERR
-    return connection.poll is not None and any(event & ends for _, event in connection.poll(0))
+        else:  # it goes on waiting: a server that was stopped answers it when it goes on
+            self.late = check
+            self._down(LATE, text, now)
 
 
 class Pool:
     """The connections to one service: it decides which one a request gets.
 
-    A connection is busy with one query, idle, or closed; one on which a query was abandoned is closed. Held are those
-    idle ones whose message may ask more: a server may remember a message by its connection. Last in, first out, so
-    that the others can end.
+    A connection is busy with one query, idle, or closed; one on which a query was abandoned is closed. An idle one is
+    held for a second by the message that it answered: a server may remember messages by connection. Last in, first
+    out, so that the others can end.
     """
 
     def __init__(self, service: Service, queue: Queue, log: Log, checked: bool) -> None:
         self.service, self.queue, self._log = service, queue, log
         self.use = CHECKED if checked else UNCHECKED
         self.places = service.max  # mails at once
-        self.idle: list[Connection] = []
-        self.held: dict[Connection, None] = {}
-        self.busy: dict[Connection, None] = {}
+        self.wanting = 0  # requests that wait for a connection of it
+        self.idle: dict[Connection, None] = {}  # the most recently used last
+        self.busy: dict[Connection, None] = {}  # the longest busy first
         self.gave_up_at = time.monotonic()  # when a connection was last given up
         #: Returns a socket connected to the service. Raises OSError.
-        self.connect = connector(service.address, self.report)
+        self.connect = connector(service.address, min(CONNECT_TIMEOUT, service.timeout), self.report)
         self.checker = Checker(self, checked)
 
     @property
     def open(self) -> int:
         """Connections that are open, or about to be, without those that are checked."""
-        return len(self.idle) + len(self.held) + len(self.busy)
-
-    @property
-    def unchecked(self) -> bool:
-        """Whether mail rides on connections that were not checked: see Balancer.update() for one that is down."""
-        return self.use is not CHECKED or self.service.state is DOWN
+        return len(self.idle) + len(self.busy)
 
     @property
     def room(self) -> int:
         """How many connections may be opened now."""
         return self.service.max - self.open - len(self.checker.running)
 
+    @property
+    def unchecked(self) -> bool:
+        """Whether mail rides on connections that were not checked: see Balancer.update() for one that is down."""
+        return self.use is not CHECKED or self.service.state is DOWN
+
     def count_open(self) -> int:
         """Return how many connections are open, after a look for those that have ended."""
-        for connection in [*self.idle, *self.held]:
+        for connection in list(self.idle):
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
-        return len(self.idle) + len(self.held) + sum(not ended(connection) for connection in self.busy)
+        return len(self.idle) + sum(not connection.ended() for connection in self.busy)
 
     def admits(self, now: float) -> bool:
         """Tell whether a request may wait for it.
@@ -1537,16 +1537,14 @@ class Pool:
         if self.service.state is UP:
             return True
         asked = [next(iter(each)).since for each in (self.busy, self.checker.running) if each]
-        return self.places > 0 and (len(self.busy) + self.queue.wanting(self) < self.places
+        return self.places > 0 and (len(self.busy) + self.wanting < self.places
                                     or all(now - since < TRIAL_PATIENCE for since in asked))  # fmt: skip
 
     def ready(self, now: float) -> bool:
         """Tell whether it has a connection for a request, or will have one soon."""
         if len(self.busy) >= self.places:
             return False
-        if self.idle or self.held:
-            return True
-        return self.room > 0 if self.unchecked else self.checker.growing(now)
+        return bool(self.idle) or (self.room > 0 if self.unchecked else self.checker.growing(now))
 
     def stalled(self, now: float) -> bool:
         """Tell whether mail is in flight and none was answered for `stall` seconds."""
@@ -1563,49 +1561,49 @@ class Pool:
         """
         while len(self.busy) < self.places:
             connection, short = client.connection, False
-            if connection in self.held and connection.holder is client:
-                del self.held[connection]
-            elif self.idle:
-                connection = self.idle.pop()
-            elif held and self.held:
-                connection = next(iter(self.held))
-                del self.held[connection]
-                short = now - connection.idle_since < HOLD and len(self.checker.running) <= len(self.held) < MAX_IDLE
-            elif self.unchecked and self.room > 0:
-                connection = Connection(self, now)
-            else:
-                return None
-            if connection.poll is None or not connection.poll(0) or not (said := connection.look()):
-                connection.since = now
-                self.busy[connection] = None
-                if short:
-                    self.checker.want(now)
-                    self.checker.grow(now)
-                return connection
-            self.drop(connection, said)
+            if connection not in self.idle or connection.holder is not client:
+                for connection in reversed(self.idle):
+                    if connection.holder is None or now - connection.idle_since > HOLD:
+                        break
+                else:
+                    if held and self.idle:
+                        connection = next(iter(self.idle))
+                        short = len(self.checker.running) < len(self.idle) <= MAX_IDLE
+                    elif self.unchecked and self.room > 0:
+                        connection = Connection(self, now)
+                    else:
+                        return None
+            if connection.poll is not None and connection.poll(0) and (said := connection.look()):
+                self.drop(connection, said)
+                continue
+            self.idle.pop(connection, None)
+            connection.since = now
+            self.busy[connection] = None
+            if short:
+                self.checker.want(now)
+                self.checker.grow(now)
+            return connection
         return None
 
     def admit(self, connection: Connection, now: float) -> None:
         """Take in a connection that has just passed its check: for a request that is sent again, or for any."""
-        connection.idle_since = connection.silent_at = now
+        connection.since = connection.idle_since = connection.silent_at = now
         if waiter := self.queue.next_retry(self):
-            connection.since = now
             self.busy[connection] = None
             waiter.give(connection)
         else:
-            self.idle.append(connection)
+            self.idle[connection] = None
 
     def answered(self, connection: Connection, action: bytes, reuse: bool, now: float) -> None:
         """Take back a connection whose mail was answered."""
         service = self.service
-        service.answered(action, connection.since, now)
+        service.count(action, now - connection.since)
         if connection in self.busy:
             connection.carried = True
-            service.heard(connection.since, now)
             if service.state is DOWN:
                 self.use = UNCHECKED
                 self.report(f'fails its checks ({self.checker.reason}), but answers mail: it is used without checks')
-            service.mail_answered(now)
+            service.mail_answered(connection.since, now)
         self.release(connection, reuse, now)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
@@ -1613,76 +1611,59 @@ class Pool:
         service = self.service
         service.failures[failure.reason] += 1
         if connection in self.busy:
-            alone, crowded = self.queue.balancer.alone(service), self.queue.wanting(self) > 0
-            service.mail_failed(failure.reason, connection.since, alone, crowded, now)
+            alone = self.queue.balancer.alone(service)
+            service.mail_failed(failure.reason, connection.since, alone, self.wanting > 0, now)
             self.checker.want(now)
         self.release(connection, False, now)
 
     def release(self, connection: Connection, reuse: bool, now: float) -> None:
         """Take back a connection that is busy no more; close it if it is not to be used again."""
-        if connection in self.busy:
-            del self.busy[connection]
-            reuse = reuse and not connection.spent and now < connection.expires and self.use in (CHECKED, UNCHECKED)
-            waits = connection.holder is None or self.queue.wanting(self)
-            if reuse and not (waits and self._gives_up(now)):
-                connection.idle_since = now
-                if connection.holder is None:
-                    self.idle.append(connection)
-                else:
-                    self.held[connection] = None
-            else:
-                connection.close()
-                if not self.open:
-                    self.checker.want(max(now, self.checker.began + BACKOFF_FIRST))
-            if self.queue.waiters:
-                self.queue.hand_over(self, now)
-        else:  # of the time before the service went down
+        if connection not in self.busy:  # of the time before the service went down
+            return connection.close()
+        del self.busy[connection]
+        reuse = reuse and not connection.spent and now < connection.expires and self.use in (CHECKED, UNCHECKED)
+        may_give_up = now - self.gave_up_at > GIVE_UP and (connection.holder is None or self.wanting)
+        if reuse and not (may_give_up and self._gives_up(now)):
+            connection.idle_since = now
+            self.idle[connection] = None
+        else:
             connection.close()
+            if not self.open:
+                self.checker.want(now, soon=False)
+        if self.wanting:
+            self.queue.hand_over(self, now)
 
-    def let_go(self, connection: Connection) -> None:
+    def let_go(self, connection: Connection, now: float) -> None:
         """End the hold of a message on a connection: its client asks for another, or left."""
         connection.holder = None
-        if connection in self.held:
-            del self.held[connection]
-            if self._gives_up(time.monotonic()):
-                connection.close()
-            else:
-                self.idle.append(connection)
+        if now - self.gave_up_at > GIVE_UP and connection in self.idle and self._gives_up(now):
+            self._close(connection)
 
     def _gives_up(self, now: float) -> bool:
         """Tell whether a connection is to be closed now, so that another user of the server has his turn."""
-        if now - self.gave_up_at <= GIVE_UP or not (self.open or self.checker.full):
+        if not self.checker.enabled or not (self.open or self.checker.full):
             return False
-        if self.checker.enabled and now - self.gave_up_at > 10 * self.service.latency.mean:
-            self.gave_up_at = now
-            return True
-        return False
+        if now - self.gave_up_at <= 10 * self.service.latency.mean:
+            return False
+        self.gave_up_at = now
+        return True
 
     def drop(self, connection: Connection, said: str) -> None:
         """Close an idle connection that ended, or said what nobody asked for."""
-        self._remove(connection)
+        self._close(connection)
         if said is SURPLUS:
             self.said_more('what nobody asked for')
         if not self.open:
-            self.checker.want(max(time.monotonic(), self.checker.began + BACKOFF_FIRST))
+            self.checker.want(time.monotonic(), soon=False)
 
-    def _remove(self, connection: Connection) -> None:
-        if connection in self.held:
-            del self.held[connection]
-        elif connection in self.idle:
-            self.idle.remove(connection)
-        connection.close()
+    def _close(self, *connections: Connection) -> None:
+        for connection in connections:
+            self.idle.pop(connection, None)
+            connection.close()
 
-    def close_idle(self) -> None:
-        """Close the longest idle connection, to make room for a check."""
-        spare = [*self.held, *self.idle]
-        if spare:
-            self._remove(min(spare, key=lambda connection: connection.idle_since))
-
-    def close_all(self) -> None:
+    def reset(self) -> None:
         """Close what is idle, and forget what is busy: the service went down."""
-        for connection in [*self.held, *self.idle]:
-            self._remove(connection)
+        self._close(*self.idle)
         self.busy.clear()
         self.use = CHECKED if self.checker.enabled else UNCHECKED
 
@@ -1690,17 +1671,15 @@ class Pool:
         """Use each connection of a service once that says more than answers, until it was down."""
         if self.use is not SAYS_MORE:
             self.use = SAYS_MORE
-            for connection in [*self.held, *self.idle]:
-                self._remove(connection)
+            self._close(*self.idle)
             self.report(f'sent {what}: from now on each of its connections is used once')
 
     def prune(self, now: float) -> None:
         """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker."""
-        spare = sorted([*self.held, *self.idle], key=lambda connection: connection.idle_since)
-        for connection in spare:
-            keep = LAST_IDLE if connection is spare[-1] else SPARE_IDLE
+        for connection in list(self.idle):
+            keep = SPARE_IDLE if len(self.idle) > 1 else UNHEARD
             if now - connection.idle_since >= keep or now >= connection.expires:
-                self._remove(connection)
+                self._close(connection)
 
     def report(self, text: str) -> None:
         """Log what concerns this service."""
@@ -1724,9 +1703,22 @@ class Waiter:
         self.pools: list[Pool] = []  # those that it waits for
         self.woken = gevent.event.Event()
 
+    def join(self, pool: Pool) -> None:
+        """Wait for a pool."""
+        self.pools.append(pool)
+        pool.wanting += 1
+
+    def leave(self) -> None:
+        """Wait no more."""
+        self.done = True
+        for pool in self.pools:
+            pool.wanting -= 1
+        self.pools.clear()
+
     def give(self, connection: Connection) -> None:
         """Hand over a connection."""
-        self.connection, self.done = connection, True
+        self.connection = connection
+        self.leave()
         self.woken.set()
 
 
@@ -1742,15 +1734,10 @@ class Queue:
         self.waiters: set[Waiter] = set()
         self._heaps: dict[Pool, list[tuple[float, int, Waiter]]] = {pool: [] for pool in self.pools.values()}
         self._retries: dict[Pool, deque[Waiter]] = {pool: deque() for pool in self._heaps}
-        self._waiting = dict.fromkeys(self._heaps, 0)
         self._numbers = itertools.count()
         self.balancer = Balancer(self._heaps)
         for service in services:
             service.changed = self.changed
-
-    def wanting(self, pool: Pool) -> int:
-        """Return how many requests wait for a connection of this pool."""
-        return self._waiting[pool] + len(self._retries[pool])
 
     def take(self, client: Client, tried: Sequence[Pool], deadline: float, now: float) -> Connection | None:
         """Return a connection of a service that was not tried; None if there is none, or none in time."""
@@ -1762,7 +1749,8 @@ class Queue:
         try:
             self._wait(waiter, pool, tried, deadline, now)
         finally:
-            self._leave(waiter)
+            waiter.leave()
+            self.waiters.discard(waiter)
         if waiter.connection is not None:
             self.balancer.bind(client.instance, waiter.connection.pool)
         return waiter.connection
@@ -1772,24 +1760,20 @@ class Queue:
         while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now)):
             for pool in pools:
                 if pool not in waiter.pools:
-                    self._join(waiter, pool)
+                    waiter.join(pool)
+                    heapq.heappush(self._heaps[pool], (waiter.client.asked, next(self._numbers), waiter))
             for pool in pools:
-                self.hand_over(pool, now)
-                if waiter.done:
-                    return
+                if not waiter.done:
+                    self.hand_over(pool, now)
             ends = [since + seconds for seconds in (PATIENCE, STALLED_AFTER) if since + seconds > now]
             if any(pool.service.state is not UP for pool in pools):
                 ends.append(now + PATIENCE)
-            self._sleep(waiter, min([*ends, deadline]) - now)
+            if not waiter.done:
+                self._sleep(waiter, min([*ends, deadline]) - now)
             if waiter.done:
                 return
             waiter.woken.clear()
             now = time.monotonic()
-
-    def _join(self, waiter: Waiter, pool: Pool) -> None:
-        waiter.pools.append(pool)
-        self._waiting[pool] += 1
-        heapq.heappush(self._heaps[pool], (waiter.client.asked, next(self._numbers), waiter))
 
     def _sleep(self, waiter: Waiter, seconds: float) -> None:
         try:
@@ -1798,13 +1782,6 @@ class Queue:
             if waiter.connection is not None:  # handed over in the same moment
                 waiter.connection.pool.release(waiter.connection, True, time.monotonic())
             raise
-
-    def _leave(self, waiter: Waiter) -> None:
-        waiter.done = True
-        self.waiters.discard(waiter)
-        for pool in waiter.pools:
-            self._waiting[pool] -= 1
-        waiter.pools.clear()
 
     def hand_over(self, pool: Pool, now: float) -> None:
         """Give what the pool has to those who wait for it, and let it grow for the rest."""
@@ -1815,10 +1792,9 @@ class Queue:
                 connection = pool.take(waiter.client, now, held=not pool.checker.growing(now))
                 if connection is None:
                     break
-                self._leave(waiter)
                 waiter.give(connection)
             heapq.heappop(heap)
-        if self._waiting[pool]:
+        if pool.wanting:
             pool.checker.grow(now)
 
     def retry(self, pool: Pool, client: Client, deadline: float) -> Connection | None:
@@ -1827,43 +1803,45 @@ class Queue:
         One that has just been checked: any other may have ended, too. None if the service went down, or has none.
         """
         now = time.monotonic()
-        if pool.unchecked:
-            return pool.take(client, now)
-        waiter = Waiter(client)
-        self._retries[pool].append(waiter)
-        try:
-            pool.checker.grow(now)
-            self._sleep(waiter, min(STALLED_AFTER, deadline - now))
-        finally:
-            if not waiter.done:
-                waiter.done = True
-                self._retries[pool].remove(waiter)
-        return waiter.connection or pool.take(client, time.monotonic())
+        if not pool.unchecked:
+            waiter = Waiter(client)
+            waiter.join(pool)
+            self._retries[pool].append(waiter)
+            try:
+                pool.checker.grow(now)
+                self._sleep(waiter, max(0.0, min(STALLED_AFTER, deadline - now)))
+            finally:
+                waiter.leave()
+            if waiter.connection is not None:
+                return waiter.connection
+        return pool.take(client, time.monotonic())
 
     def next_retry(self, pool: Pool) -> Waiter | None:
         """Return the first request that waits to be sent to this service again."""
-        return self._retries[pool].popleft() if self._retries[pool] else None
+        retries = self._retries[pool]
+        while retries:
+            waiter = retries.popleft()
+            if not waiter.done:
+                return waiter
+        return None
 
     def changed(self, service: Service, text: str, now: float) -> None:
-        """Do what follows from a change of a service's state: who waits chooses again if it concerns him."""
+        """Do what follows from a change of a service's state: a request that it concerns chooses again."""
         self._log(WARNING, text)
         pool = self.pools[service]
         self.balancer.update()
-        concerned = list(self.waiters)
+        concerned = self.waiters
         if service.state is DOWN:
-            pool.close_all()
-            pool.checker.down(now)
-            concerned = [waiter for waiter in concerned if pool in waiter.pools] + list(self._retries[pool])
+            pool.reset()
+            pool.checker.reset(now)
+            concerned = {waiter for waiter in self.waiters if pool in waiter.pools}
             for waiter in concerned:
-                if pool in waiter.pools:
-                    waiter.pools.remove(pool)
+                waiter.pools.remove(pool)
+                pool.wanting -= 1
             self._heaps[pool].clear()
-            self._waiting[pool] = 0
             if not self.balancer.up:
                 self._log(WARNING, 'No service is up: the default action is given to every request')
-                for other in self._heaps:
-                    other.checker.hurry(now)
-        for waiter in concerned:
+        for waiter in [*concerned, *self._retries[pool]]:
             waiter.woken.set()
 
     def tick(self, now: float) -> None:
@@ -1875,7 +1853,7 @@ class Queue:
         """Close idle connections, and forget who is done."""
         for pool, heap in self._heaps.items():
             pool.prune(now)
-            if len(heap) > 2 * self._waiting[pool] + 100:
+            if len(heap) > 2 * pool.wanting + 100:
                 heap[:] = [entry for entry in heap if not entry[2].done]
                 heapq.heapify(heap)
 
@@ -1959,7 +1937,7 @@ class Client(Wire):
         """Begin to ask about a message: the connection that the last one held is free."""
         if instance != self.instance or not instance:
             if self.connection is not None and self.connection.holder is self:
-                self.connection.pool.let_go(self.connection)
+                self.connection.pool.let_go(self.connection, self.asked)
             self.connection, self.instance = None, instance
 
     def timer(self, seconds: float) -> QueryTimeout:
@@ -2269,7 +2247,7 @@ class Status:
         import json
 
         self._proxy, self._default, self._log = proxy, printable(default), log
-        self._services = list(proxy.pools)
+        self._services = [pool.service for pool in proxy.queue.balancer.pools]
         self._started = time.monotonic()
         # the last ten minutes, sampled: requests pay nothing for it
         self._samples = {service: deque([Sample.of(service)], maxlen=SAMPLES) for service in self._services}
@@ -2403,9 +2381,9 @@ class Status:
             'full': pool.checker.full or None, 'use': pool.use,
             'state': service.state, 'stalled': pool.stalled(now),
             'since': round(wall - (now - service.since), 3), 'lasting': round(now - service.since, 3),
-            'why': service.why if service.queries else 'not asked yet',
-            'in_flight': len(pool.busy), 'waiting': pool.queue.wanting(pool),
-            'idle_connections': len(pool.idle) + len(pool.held), 'checks': len(pool.checker.running),
+            'why': service.why if service.heard_at or service.state is not UP else 'not asked yet',
+            'in_flight': len(pool.busy), 'waiting': pool.wanting,
+            'idle_connections': len(pool.idle), 'checks': len(pool.checker.running),
             'queries': service.queries, 'answers': service.answers, 'failed': service.failed,
             'verdicts': service.verdicts, 'failures': service.failures,
             # of the first moments as if of a second
@@ -2426,7 +2404,7 @@ class Status:
         if level == 'bad' and len(services) > 1:
             said.insert(0, 'No service is up.')
         if not said:
-            new = sum(not service.queries for service in services)
+            new = sum(not service.heard_at for service in services)
             up = f'All {len(services)} services are up' if len(services) > 1 else f'{services[0].name} is up'
             said.append(up + (f' ({new} not asked yet).' if new else '.'))
         given = sum(self._proxy.statistics.defaults.values()) - self._given[0][1]
@@ -2497,12 +2475,12 @@ class Status:
         yield 'build_info', 'always 1; the version is its label', ['version'], [([__version__], 1)]
         yield 'start_time_seconds', 'unix time of the start', [], [([], started)]
         values: tuple[tuple[str, str, Callable[[Pool], float]], ...] = (
-            ('up', '1 if it is up, or on trial and waiting for a request; else 0', lambda pool: self.able(pool.service)),
-            ('stalled', '1 if requests are in flight and none was answered for --stall', lambda pool: pool.stalled(now)),
+            ('up', '1 if it is up, or on trial and waiting for a request', lambda pool: self.able(pool.service)),
+            ('stalled', '1 if mail is in flight and none was answered for --stall', lambda pool: pool.stalled(now)),
             ('in_flight', 'requests in flight', lambda pool: len(pool.busy)),
             ('max', 'connections at most', lambda pool: pool.service.max),
             ('full', '1 if it does not serve a connection more', lambda pool: pool.checker.full > 0),
-            ('idle_connections', 'idle connections', lambda pool: len(pool.idle) + len(pool.held)),
+            ('idle_connections', 'idle connections', lambda pool: len(pool.idle)),
         )
         for name, text, value in values:
             rows = [([service.name], value(pool)) for service, pool in self._proxy.pools.items()]

@@ -22,7 +22,7 @@ if COMPILERS:
 setup(
     name='hapolicy-gevent',
     version=VERSION[1],
-    description='A proxy between Postfix and its policy servers: a dead, hung or lying one never costs a mail',
+    description='A proxy between Postfix and its policy servers: a dead, hung or misbehaving one never costs a mail',
     long_description=(HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='BSD-2-Clause',

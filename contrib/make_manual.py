@@ -13,12 +13,13 @@ HERE = Path(__file__).parent
 MORE = """\
 EXAMPLES
 
-Try GREY1 first, and GREY2 if that one does not answer; serve all of Postfix at one port:
+All -s of one hapolicy are replicas of one policy: each request is answered by one of them. For SPF and greylisting run
+two. Try GREY1 first, and GREY2 while GREY1 does not answer; serve all of Postfix at one port:
 
-    hapolicy -l --listen=127.0.0.1:10060 -s GREY1=10.0.0.1:10031:10 -s GREY2=10.0.0.2:10031:20
+    hapolicy -l --listen=127.0.0.1:10060 -s GREY1=10.0.0.1:10023:10 -s GREY2=10.0.0.2:10023:20
 
-Share by weight: POLW1 gets two requests of three. If one of them does not answer the other is asked. There is no
-reason to define a service twice:
+Share by weight: POLW1 gets two messages of three. If one of them does not answer, the other is asked. Give servers the
+same prio only if they share a database or keep none:
 
     hapolicy -l --listen=127.0.0.1:10060 -s POLW1=10.0.0.1:12525:10:2 -s POLW2=10.0.0.2:12525:10:1
 
@@ -26,9 +27,9 @@ A server that forks five children, asked five requests at once, with 10 seconds 
 
     hapolicy -l --listen=127.0.0.1:10060 -s MT=127.0.0.1:12345::1:10:5
 
-Ask each service once, and tell what it answered:
+Ask each service once, and print what it answered:
 
-    hapolicy --check-services -s GREY1=10.0.0.1:10031 -s GREY2=10.0.0.2:10031
+    hapolicy --check-services -s GREY1=10.0.0.1:10023 -s GREY2=10.0.0.2:10023
 
 INTEGRATION
 
@@ -37,16 +38,15 @@ reject_unauth_destination, and issue 'postfix reload':
 
     smtpd_recipient_restrictions =
         permit_mynetworks,
-        ... other authed permits ...
+        permit_sasl_authenticated,
         reject_unauth_destination,
-        ... other restrictions ...
         check_policy_service inet:127.0.0.1:10060
 
 Or let Postfix start a process for each client, as the Perl hapolicy was run. Enter this at the bottom of master.cf,
 with the leading blanks of the second line:
 
     127.0.0.1:10060 inet    n       n       n       -       0       spawn
-      user=nobody argv=/usr/local/bin/hapolicy -l -s GREY1=10.0.0.1:10031:10 -s GREY2=10.0.0.2:10031:10
+      user=nobody argv=/usr/local/bin/hapolicy -l -s GREY1=10.0.0.1:10023:10 -s GREY2=10.0.0.2:10023:20
 
 and this in main.cf, beside the lines above:
 
@@ -54,11 +54,26 @@ and this in main.cf, beside the lines above:
 
 Keep smtpd_policy_service_timeout (100 s) above --deadline (90 s), and smtpd_policy_service_try_limit at 2.
 
+CHECKS
+
+With --listen a service is judged by a question of hapolicy's own, the check: one policy request without sender and
+recipient (protocol_state=CONNECT, client 127.0.0.1), sent on each new connection before any mail. It passes if one
+valid answer comes, and the connection is then silent for 50 ms. A service that fails its check is down, and is checked
+again after 1, 2, 4 ... 30 seconds; each second while no service is up. Mail alone takes a service down only while
+another is up (--fall). A service that serves some connections, and lets a further one wait or hangs up on it, is full
+and stays up: set its max to the number of its children.
+
+DEFAULT ACTION
+
+--default is returned while no service is up, --failed when a service is up and all that were asked failed at this one
+request. While hapolicy itself is not there, Postfix's smtpd_policy_service_default_action applies (451 4.3.5). Where
+the policy must hold, set --default to '451 4.3.5 Policy is not available'; where mail must pass, leave it.
+
 LOGGING
 
 Lines go to syslog, facility mail, ident hapolicy; no file is written, so there is nothing to rotate. With --logging
-each request is a line. A service that goes down, on trial, up or stalls, a failed query, a default action and a
-request that is too long are logged at level warning in any case:
+each request is a line. A service that goes down, on trial, up or stalls, or is full, a failed query, a default action
+and a request that is too long are logged at level warning in any case:
 
     journalctl -t hapolicy -p warning
 

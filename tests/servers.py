@@ -116,7 +116,8 @@ class Prefork(PolicyServerStub):
 class FewAtATime(PolicyServerStub):
     """Ends connections beyond a limit, as xinetd's `instances` and systemd's `MaxConnections` do."""
 
-    def __init__(self, limit: int, behaviour: Behaviour = echo, end: Callable[[socket.socket], None] = socket.socket.close) -> None:
+    def __init__(self, limit: int, behaviour: Behaviour = echo,
+                 end: Callable[[socket.socket], None] = socket.socket.close) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._free, self._end = limit, end
         super().__init__(behaviour)

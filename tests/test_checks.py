@@ -548,7 +548,7 @@ ODD: dict[str, tuple[bytes, str]] = {
     'a NUL in its text': (b'action=REJECT a\0b\n\n', 'REJECT a?b'),
     'a NUL at its end': (b'action=REJECT\0\n\n', 'REJECT'),
     'a NUL behind its word': (b'action=REJECT\0no\n\n', 'REJECT no'),
-    'a tab behind its word': (b'action=REJECT\tno\n\n', 'REJECT no'),
+    'a tab behind its word': (b'action=REJECT\tno\n\n', 'REJECT\tno'),
     'an escape': (b'action=REJECT \x1b[31mno\n\n', 'REJECT ?[31mno'),
     'other lines': (b'hello\nx=y\naction=REJECT no\naction=OK\n\n', 'REJECT no'),
 }

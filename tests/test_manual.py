@@ -1,21 +1,35 @@
-"""The manual page, the units and the examples in contrib/: each is taken by the program that it is for."""
+"""The documents, the manual page, the units and the examples: what they say is what the program does."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hapolicy_gevent
 from tests.postfix import PYTHON, Postfix, missing_programs
-from tests.support import MODULE, ROOT, SCALE, PolicyServerStub, ProxyProcess, answer, free_port
+from tests.status import StatusProxy
+from tests.support import (
+    MODULE,
+    ROOT,
+    SCALE,
+    PolicyServerStub,
+    ProxyProcess,
+    answer,
+    free_port,
+    request,
+    wait_until,
+)
 
 CONTRIB = ROOT / 'contrib'
 PAGE = CONTRIB / 'hapolicy.1'
@@ -177,12 +191,112 @@ def test_postfix_would_complain_of_a_wrong_example() -> None:
         postfix.close()
 
 
-def test_the_readme_links_to_what_is_there() -> None:
-    text = (ROOT / 'README.md').read_text()
-    heads = [head for head in re.findall(r'^## (.*)$', text, re.MULTILINE) if head != 'Contents']
-    places = [re.sub(r'[^\w\- ]', '', head.lower()).replace(' ', '-') for head in heads]
-    contents = text.partition('## Contents\n')[2].partition('\n## ')[0]
-    assert re.findall(r'\]\(#(.*?)\)', contents) == places
-    assert set(re.findall(r'\]\(#(.*?)\)', text)) <= set(places)
-    for path in re.findall(r'(?<!\!)\[[^]]*\]\(([^#:)]+)\)', text):
-        assert (ROOT / path).exists(), path
+#: The documents for users and for developers.
+NAMES = ('README.md', 'docs/operations.md', 'docs/architecture.md', 'bench/README.md', 'CHANGELOG.md')
+DOCUMENTS = [ROOT / name for name in NAMES]
+OPERATIONS = (ROOT / 'docs' / 'operations.md').read_text()
+
+
+def section(title: str) -> str:
+    return OPERATIONS.partition(f'\n## {title}\n')[2].partition('\n## ')[0]
+
+
+def places(document: Path) -> set[str]:
+    """Return the anchors of the heads of a document."""
+    heads = re.findall(r'^##+ (.*)$', document.read_text(), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', head.lower()).replace(' ', '-') for head in heads}
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_documents_link_to_what_is_there(document: Path) -> None:
+    for target in re.findall(r'\]\(([^)]+)\)', document.read_text()):
+        if target.startswith('http'):
+            continue
+        path, _, place = target.partition('#')
+        there = (document.parent / path).resolve() if path else document
+        assert there.exists(), target
+        assert not place or place in places(there), target
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 250
+
+
+def test_every_command_line_in_the_documents_is_taken() -> None:
+    files = [*DOCUMENTS, *(CONTRIB / name for name in ('hapolicy.service', 'master.cf.example', 'make_manual.py'))]
+    text = '\n'.join(file.read_text().replace('\\\n', '').replace('#   --status', '--status') for file in files)
+    before = r'(?:\$ |ExecStart=/usr/local/bin/|user=nobody argv=/usr/local/bin/)?'
+    lines = re.findall(rf'^ *{before}hapolicy (-.*-s .*)$', text, re.MULTILINE)
+    assert len(lines) > 8
+    for line in lines:
+        arguments = shlex.split(line)
+        grey = [service.prio for service in hapolicy_gevent.parse_command_line(arguments).services
+                if service.name.startswith('GREY')]  # fmt: skip
+        assert len(set(grey)) == len(grey) or '--check-services' in arguments, f'all is greylisted twice: {line}'
+
+
+def logged() -> list[str]:
+    """Return the texts of the module's log lines, without what is put in."""
+    texts = []
+    for node in ast.walk(ast.parse(MODULE.read_text())):
+        if isinstance(node, ast.Call) and re.search(r'\b_?(log|report|tell|trace)$', ast.unparse(node.func)):
+            inside = [part for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Constant)]
+            texts.append(' '.join(str(part.value) for part in inside))
+    return [text for text in texts if re.search('[a-z]{3}', text)]
+
+
+def test_each_log_line_is_documented_and_each_documented_phrase_is_logged() -> None:
+    first = re.findall(r'^\| (`.*?) \|', section('Log'), re.MULTILINE)
+    phrases = {phrase for row in first for phrase in re.findall('`(.*?)`', row)}
+    texts = logged()
+    assert len(phrases) > 25 and len(texts) > 20
+    for text in texts:
+        assert any(phrase in text for phrase in phrases), f'not in docs/operations.md: {text}'
+    states = {f'is {state}:' for state in (hapolicy_gevent.UP, hapolicy_gevent.TRIAL, hapolicy_gevent.DOWN)}
+    assert states <= phrases
+    for phrase in phrases - states:
+        # a summary is put together elsewhere
+        assert any(phrase in text for text in [*texts, 'summary of']), f'not logged: {phrase}'
+
+
+def test_the_first_command_shows_the_faults_and_nothing_else() -> None:
+    found = re.search(r"^    grep -E '(.*)' /var/log/mail.log$", OPERATIONS, re.MULTILINE)
+    assert found
+    pattern = re.compile(found[1])
+    with PolicyServerStub(answer(b'action=DUNNO\n\n')) as server:
+        arguments = ('-s', server.service, '-s', f'B=127.0.0.1:{free_port()}', '--summary=1')
+        with ProxyProcess(*arguments) as proxy:
+            wait_until(lambda: '[B]' in proxy.log, what='B down')
+            with proxy.client() as client:
+                client.ask(request(sender='hapolicy[1]: No service is up', helo_name='failed: timeout'))
+            wait_until(lambda: 'summary' in proxy.log, what='a summary')
+            lines = re.findall(r'^\[LOG (\w+)\]: (.*)$', proxy.log, re.MULTILINE)
+    assert {level for level, _ in lines} == {'warning', 'notice', 'info'}
+    for level, text in lines:
+        assert bool(pattern.search(f'Nov 26 11:09:00 mx hapolicy[123]: {text}')) is (level == 'warning'), text
+
+
+def test_the_documented_metrics_are_those_that_are_there() -> None:
+    pytest.importorskip('prometheus_client')
+    documented = set(re.findall(r'hapolicy_[a-z_]+', section('Metrics')))
+    with PolicyServerStub(answer(b'action=DUNNO\n\n')) as server, StatusProxy('-s', server.service) as proxy:
+        exported = set(re.findall(r'^# TYPE (hapolicy_[a-z_]+)', proxy.fresh('/metrics'), re.MULTILINE))
+    assert documented == exported
+
+
+def test_the_documented_limits_are_those_of_the_module() -> None:
+    limits = re.findall(r'`([A-Z_]+) = ([\d.]+)`', section('Limits'))
+    assert len(limits) > 25
+    for name, value in limits:
+        assert getattr(hapolicy_gevent, name) == float(value), name
+
+
+def test_the_architecture_names_what_is_there() -> None:
+    text = (ROOT / 'docs' / 'architecture.md').read_text().partition('## What was tried')[0]
+    names = re.findall(r'\b([A-Z][a-z]+\.[a-z]\w*)\(|`([A-Z]\w+(?:\.[a-z]\w*)?)`', text)
+    assert len(names) > 30
+    for name in {called or quoted for called, quoted in names} - {'StreamServer', 'Timeout', 'GreenletExit'}:
+        found: Any = hapolicy_gevent
+        for word in name.split('.'):
+            found = getattr(found, word, None)
+        assert found is not None, name

@@ -241,7 +241,7 @@ def test_a_client_that_leaves_while_an_address_is_connected_to_says_nothing_of_i
 
     monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
     monkeypatch.setattr(socket, 'getaddrinfo', addresses)
-    name = HostName(Address(socket.AF_UNSPEC, 'x', 1), lambda _: None)
+    name = HostName(Address(socket.AF_UNSPEC, 'x', 1), 5, lambda _: None)
     with pytest.raises(ClientFault):
         name.connect()
     with pytest.raises(gevent.Timeout):

@@ -200,7 +200,7 @@ def test_what_postfix_would_take_for_a_permit_is_no_action(action: bytes) -> Non
         (b'OK\0', b'OK'),
         (b' REJECT for you ', b'REJECT for you'),
         (b'REJECT\0for you', b'REJECT for you'),
-        (b'REJECT\tfor\x07you', b'REJECT for?you'),
+        (b'REJECT\tfor\x07you', b'REJECT\tfor?you'),
         (b'REJECT caf\xe9', b'REJECT caf?'),
         ('REJECT caf\u00e9'.encode(), 'REJECT caf\u00e9'.encode()),
         (b'\xff', b'?'),

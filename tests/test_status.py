@@ -597,8 +597,8 @@ def test_a_unix_socket_serves_the_status(tmp_path: Path) -> None:
 
 
 def test_the_documented_fields_are_those_that_are_there() -> None:
-    readme = (ROOT / 'README.md').read_text()
-    documented = set(re.findall(r'[a-z_0-9]+', readme.partition('`/status.json` has these fields')[2].split('```')[1]))
+    text = (ROOT / 'docs' / 'operations.md').read_text()
+    documented = set(re.findall(r'[a-z_0-9]+', text.partition('`/status.json` has these fields')[2].split('```')[1]))
 
     def names(value: Any) -> set[str]:
         found = set(value)

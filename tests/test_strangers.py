@@ -27,6 +27,7 @@ from tests.support import (
     stubs,
 )
 
+
 def half(peer: Peer, message: bytes) -> None:
     peer.send(b'action=DUN')
     raise HangUp
@@ -49,7 +50,9 @@ class GoodMail:
         self.servers: list[str] = []
         self._pause, self._stop = pause, threading.Event()
         self._errors: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._run, args=(proxy.client(120),), daemon=True) for _ in range(clients)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(proxy.client(120),), daemon=True) for _ in range(clients)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -140,7 +143,8 @@ def test_i9_slow_messages_teach_nothing_of_how_many_connections_are_served(posit
         elif position == 'middle':
             in_threads(10, lambda i: clients[i].ask_own())
         slow_ones = [proxy.client() for _ in range(3)]
-        assert in_threads(3, lambda i: slow_ones[i].ask(request(sender='slow', instance=new_instance()))) == ['dunno'] * 3
+        answers = in_threads(3, lambda i: slow_ones[i].ask(request(sender='slow', instance=new_instance())))
+        assert answers == ['dunno'] * 3
         burst()
         assert burst() < 2 * before + 0.3 * SCALE
         assert 'is full' not in proxy.log
