@@ -138,7 +138,7 @@ GIVE_UP = 2.0
 LOOKUP, LOOKUP_LAST = 0.1, 1.0
 
 #: Seconds between looks at the checks that run.
-TICK = 0.05
+TICK = 0.1
 #: Seconds for which a check is not answered while requests that were sent later are: the service is full.
 UNANSWERED = 1.0
 #: Seconds without any answer after which a service is checked, and its last idle connection closed.
@@ -244,7 +244,6 @@ class Ended(ServiceFailure):
 
 EMPTY_LINE = re.compile(rb'\n\r?\n').search
 LINE_ENDS = b'\r\n'
-PRINTABLE = bytes(range(SPACE, 127))
 CONTROLS = bytes(range(SPACE + 1)) + b'\x7f'  # and the blank
 #: Control characters become '?', but for a tab.
 VISIBLE = bytes(code if code in b'\t' or (code >= SPACE and code != 127) else ord('?') for code in range(256))
@@ -304,11 +303,6 @@ def instance_of(request: bytes) -> bytes | None:
     else:
         return None
     return instance if len(instance) <= MAX_INSTANCE else b''
-
-
-def is_plain(action: bytes) -> bool:
-    """Tell whether an action is as nearly all are: printable ASCII, a word first, no blank last."""
-    return action > b'A' and action[-1] > SPACE and not action.translate(None, PRINTABLE)
 
 
 def clean_action(action: bytes) -> bytes:
@@ -504,11 +498,6 @@ class Counted(Settings):
         """Queries that got no usable answer."""
         return sum(self.failures.values())
 
-    def count(self, action: bytes, seconds: float) -> None:
-        """Count an answer to a mail that took so long."""
-        self.verdicts[VERDICT_OF.get(action.partition(b' ')[0]) or verdict(action)] += 1
-        self.latency.add(seconds)
-
 
 class Service(Counted):
     """One policy server: its settings, its counters, and whether it is up. Pure: it never does I/O.
@@ -544,16 +533,20 @@ class Service(Counted):
         if self.state is DOWN:
             self.turn(TRIAL if self.blamed else UP, 'its check passed', now)
 
-    def mail_answered(self, since: float, now: float) -> None:
-        """Note an answer to a mail that was sent at `since`, in this state."""
-        self.answered_at = now
-        if since > self.newest:
-            self.newest = since
-        if self.in_a_row:
-            self.in_a_row.clear()
-        if self.state is not UP:
-            self.blamed = False
-            self.turn(UP, 'mail was answered', now)
+    def answered(self, action: bytes, since: float, current: bool, now: float) -> None:
+        """Count an answer to a mail that was sent at `since`; it says something of the state if that is current."""
+        self.verdicts[VERDICT_OF.get(action.partition(b' ')[0]) or verdict(action)] += 1
+        add = self.latency.add
+        add(now - since)
+        if current:
+            self.answered_at = now
+            if since > self.newest:
+                self.newest = since
+            if self.in_a_row:
+                self.in_a_row.clear()
+            if self.state is not UP:
+                self.blamed = False
+                self.turn(UP, 'mail was answered', now)
 
     def mail_failed(self, reason: str, since: float, alone: bool, crowded: bool, now: float) -> None:
         """Note that a mail failed that was sent at `since`; alone: no other service is up; crowded: mail waits for it.
@@ -1167,42 +1160,60 @@ class Connection(Wire):
         if pool.use is SAYS_MORE and (said := self.listen(QUIET)):
             raise ServiceFailure(DROPPED if said is ENDED else INVALID, 'it hung up, or spoke, before it was asked')
 
-    def ask(self, request: bytes, now: float) -> bytes:
-        """Send a request and return the action of its answer; the caller bounds the time. Raises ServiceFailure.
+    def ask(self, request: bytes, now: float, timeout: QueryTimeout | None = None) -> bytes:
+        """Send a request and return the action of its answer, within a timeout. Raises ServiceFailure.
 
         One that was in use for a second and never silent rests first: behind a surplus answer each request would
         read its predecessor's for as long as the next one comes at once.
         """
         idle = now - self.idle_since
         again = self.carried or (self.used and idle > QUIET)
-        if self.poll is None:
-            self.open()
-        elif idle >= QUIET:
-            self.silent_at = now
-        elif now - self.silent_at > REST_AFTER:
-            if self.listen(QUIET - idle):
-                raise Ended(DROPPED, 'it was not silent between two requests')
-            self.silent_at = now
         self._data = b''
+        if timeout is not None:
+            timeout.again(self.user.throw, timeout)
         try:
+            if self.poll is None:
+                self.open()
+            elif idle >= QUIET:
+                self.silent_at = now
+            elif now - self.silent_at > REST_AFTER and self.used:
+                if self.listen(QUIET - idle):
+                    raise Ended(DROPPED, 'it was not silent between two requests')
+                self.silent_at = now
             self.send(request)
             while (chunk := self.receive()) != b'':
-                if chunk and (action := self._take_in(chunk)) is not None:
+                if not chunk:
+                    continue
+                if (chunk[-2:] == b'\n\n' and chunk[:7] == b'action=' and not self._data
+                        and (action := chunk[7:-2]) > b'A' and action[-1] > SPACE and action.isascii()
+                        and action.decode().isprintable()):  # fmt: skip
+                    self.used = True  # nearly always: one line of printable ASCII, a word first, no blank last
                     return action
+                if (answer := self._take_in(chunk)) is not None:
+                    return answer
         except OSError:
             pass  # ended by a reset: as good as closed
+        except gevent.Timeout as error:
+            if timeout is None or error is not timeout:
+                raise
+            return self._after_timeout(timeout)
+        finally:
+            if timeout is not None:
+                timeout.stop()
         self.spent = True
         if not self._data:
             raise (Ended if again else ServiceFailure)(DROPPED, 'it hung up without an answer')
         return self._parse(closed=True) or b''
 
-    def arrived(self) -> bytes | None:
-        """Return the action if a whole answer came while we did not run. Raises ServiceFailure."""
+    def _after_timeout(self, timeout: QueryTimeout) -> bytes:
+        """Return the action if a whole answer has come while we did not run. Raises ServiceFailure."""
+        timeout.__traceback__ = None  # it would keep the request until the next time
         with contextlib.suppress(OSError):
             while self.poll is not None and self.poll(0) and (chunk := self._recv(RECEIVE)):
                 if (action := self._take_in(chunk)) is not None:
                     return action
-        return None
+        reason = LATE if timeout.seconds > self.pool.service.timeout / 2 else DEADLINE
+        raise ServiceFailure(reason, f'no answer within {timeout.seconds:.3g}s') from None
 
     def _take_in(self, chunk: bytes) -> bytes | None:
         seen = len(self._data)
@@ -1210,9 +1221,6 @@ class Connection(Wire):
             self._data += chunk
             if not end_of_message(self._data, max(1, seen - 2)) and len(self._data) <= MAX_MESSAGE:
                 return None  # all of one that drips is not to be read again at each drop
-        elif chunk[-2:] == b'\n\n' and chunk[:7] == b'action=' and is_plain(action := chunk[7:-2]):  # nearly always
-            self.used = True
-            return action
         else:  # behind the last answer, an empty line too many may have come late
             self._data = chunk.lstrip(LINE_ENDS) if self.used else chunk
         return self._parse() if self._data else None
@@ -1268,7 +1276,7 @@ class Connection(Wire):
         return self.poll is not None and any(event & ends for _, event in self.poll(0))
 
     def unexpected(self) -> None:
-        if self not in self.pool.idle:
+        if self not in self.pool.idle and self not in self.pool.held:
             self._watcher.stop()  # still sending
         elif said := self.look():
             self.pool.drop(self, said)
@@ -1490,9 +1498,9 @@ class Checker:
 class Pool:
     """The connections to one service: it decides which one a request gets.
 
-    A connection is busy with one query, idle, or closed; one on which a query was abandoned is closed. An idle one is
-    held for a second by the message that it answered: a server may remember messages by connection. Last in, first
-    out, so that the others can end.
+    A connection is busy with one query, held, idle, or closed; one on which a query was abandoned is closed. It is held
+    by the message that it answered, which may ask more: a server may remember messages by connection. Of the idle ones
+    the last used is the first taken, so that the others can end.
     """
 
     def __init__(self, service: Service, queue: Queue, log: Log, checked: bool) -> None:
@@ -1500,7 +1508,8 @@ class Pool:
         self.use = CHECKED if checked else UNCHECKED
         self.places = service.max  # mails at once
         self.wanting = 0  # requests that wait for a connection of it
-        self.idle: dict[Connection, None] = {}  # the most recently used last
+        self.idle: list[Connection] = []  # the most recently used last
+        self.held: dict[Connection, None] = {}  # the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
         self.gave_up_at = time.monotonic()  # when a connection was last given up
         #: Returns a socket connected to the service. Raises OSError.
@@ -1510,7 +1519,7 @@ class Pool:
     @property
     def open(self) -> int:
         """Connections that are open, or about to be, without those that are checked."""
-        return len(self.idle) + len(self.busy)
+        return len(self.idle) + len(self.held) + len(self.busy)
 
     @property
     def room(self) -> int:
@@ -1524,10 +1533,10 @@ class Pool:
 
     def count_open(self) -> int:
         """Return how many connections are open, after a look for those that have ended."""
-        for connection in list(self.idle):
+        for connection in [*self.held, *self.idle]:
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
-        return len(self.idle) + sum(not connection.ended() for connection in self.busy)
+        return len(self.idle) + len(self.held) + sum(not connection.ended() for connection in self.busy)
 
     def admits(self, now: float) -> bool:
         """Tell whether a request may wait for it.
@@ -1544,7 +1553,7 @@ class Pool:
         """Tell whether it has a connection for a request, or will have one soon."""
         if len(self.busy) >= self.places:
             return False
-        return bool(self.idle) or (self.room > 0 if self.unchecked else self.checker.growing(now))
+        return bool(self.idle or self.held) or (self.room > 0 if self.unchecked else self.checker.growing(now))
 
     def stalled(self, now: float) -> bool:
         """Tell whether mail is in flight and none was answered for `stall` seconds."""
@@ -1560,23 +1569,23 @@ class Pool:
         longest idle one, if it may be held by a message. Then the pool grows by one.
         """
         while len(self.busy) < self.places:
-            connection, short = client.connection, False
-            if connection not in self.idle or connection.holder is not client:
-                for connection in reversed(self.idle):
-                    if connection.holder is None or now - connection.idle_since > HOLD:
-                        break
-                else:
-                    if held and self.idle:
-                        connection = next(iter(self.idle))
-                        short = len(self.checker.running) < len(self.idle) <= MAX_IDLE
-                    elif self.unchecked and self.room > 0:
-                        connection = Connection(self, now)
-                    else:
-                        return None
+            own, short = client.connection, False
+            if own is not None and own.holder is client and own in self.held:
+                connection = own
+                del self.held[own]
+            elif self.idle:
+                connection = self.idle.pop()
+            elif held and self.held:
+                connection = next(iter(self.held))
+                del self.held[connection]
+                short = now - connection.idle_since < HOLD and len(self.checker.running) <= len(self.held) < MAX_IDLE
+            elif self.unchecked and self.room > 0:
+                connection = Connection(self, now)
+            else:
+                return None
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
                 continue
-            self.idle.pop(connection, None)
             connection.since = now
             self.busy[connection] = None
             if short:
@@ -1592,61 +1601,65 @@ class Pool:
             self.busy[connection] = None
             waiter.give(connection)
         else:
-            self.idle[connection] = None
+            self.idle.append(connection)
 
     def answered(self, connection: Connection, action: bytes, reuse: bool, now: float) -> None:
-        """Take back a connection whose mail was answered."""
-        service = self.service
-        service.count(action, now - connection.since)
-        if connection in self.busy:
-            connection.carried = True
-            if service.state is DOWN:
-                self.use = UNCHECKED
-                self.report(f'fails its checks ({self.checker.reason}), but answers mail: it is used without checks')
-            service.mail_answered(connection.since, now)
-        self.release(connection, reuse, now)
+        """Take back a connection whose mail was answered; close it if it is not to be used again."""
+        service, current = self.service, self.busy.pop(connection, self) is None  # and not from before it went down
+        if current and service.state is DOWN:
+            self.use = UNCHECKED
+            self.report(f'fails its checks ({self.checker.reason}), but answers mail: it is used without checks')
+        service.answered(action, connection.since, current, now)
+        if (current and reuse and not connection.spent and self.use in (CHECKED, UNCHECKED)
+                and not (self.wanting and self._gives_up(now))):  # fmt: skip
+            connection.idle_since, connection.carried = now, True
+            if connection.holder is None:
+                self.idle.append(connection)
+            else:
+                self.held[connection] = None
+            if self.wanting:
+                self.queue.hand_over(self, now)
+        else:
+            self._end(connection, current, now)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
-        """Take back a connection whose mail was not answered: a check is to tell whether the service is well."""
-        service = self.service
+        """Close a connection whose mail was not answered: a check is to tell whether the service is well."""
+        service, current = self.service, self.busy.pop(connection, self) is None
         service.failures[failure.reason] += 1
-        if connection in self.busy:
+        if current:
             alone = self.queue.balancer.alone(service)
             service.mail_failed(failure.reason, connection.since, alone, self.wanting > 0, now)
             self.checker.want(now)
-        self.release(connection, False, now)
+        self._end(connection, current, now)
 
-    def release(self, connection: Connection, reuse: bool, now: float) -> None:
-        """Take back a connection that is busy no more; close it if it is not to be used again."""
-        if connection not in self.busy:  # of the time before the service went down
-            return connection.close()
-        del self.busy[connection]
-        reuse = reuse and not connection.spent and now < connection.expires and self.use in (CHECKED, UNCHECKED)
-        may_give_up = now - self.gave_up_at > GIVE_UP and (connection.holder is None or self.wanting)
-        if reuse and not (may_give_up and self._gives_up(now)):
-            connection.idle_since = now
-            self.idle[connection] = None
+    def give_back(self, connection: Connection, now: float, unused: bool = False) -> None:
+        """Take back a connection whose request was abandoned, and close it, unless it was not used at all."""
+        if self.busy.pop(connection, self) is None and unused:
+            self.idle.append(connection)
+            self.queue.hand_over(self, now)
         else:
-            connection.close()
+            self._end(connection, True, now)
+
+    def _end(self, connection: Connection, current: bool, now: float) -> None:
+        connection.close()
+        if current:
             if not self.open:
                 self.checker.want(now, soon=False)
-        if self.wanting:
             self.queue.hand_over(self, now)
 
-    def let_go(self, connection: Connection, now: float) -> None:
+    def let_go(self, connection: Connection, client: Client) -> None:
         """End the hold of a message on a connection: its client asks for another, or left."""
-        connection.holder = None
-        if now - self.gave_up_at > GIVE_UP and connection in self.idle and self._gives_up(now):
-            self._close(connection)
+        if connection.holder is client:
+            connection.holder = None
+            if self.held.pop(connection, self) is None:
+                self.idle.append(connection)
 
     def _gives_up(self, now: float) -> bool:
         """Tell whether a connection is to be closed now, so that another user of the server has his turn."""
-        if not self.checker.enabled or not (self.open or self.checker.full):
-            return False
-        if now - self.gave_up_at <= 10 * self.service.latency.mean:
+        if now - self.gave_up_at <= max(GIVE_UP, 10 * self.service.latency.mean) or not self.checker.enabled:
             return False
         self.gave_up_at = now
-        return True
+        return self.open > 0 or self.checker.full > 0
 
     def drop(self, connection: Connection, said: str) -> None:
         """Close an idle connection that ended, or said what nobody asked for."""
@@ -1658,12 +1671,13 @@ class Pool:
 
     def _close(self, *connections: Connection) -> None:
         for connection in connections:
-            self.idle.pop(connection, None)
+            if self.held.pop(connection, self) is self and connection in self.idle:
+                self.idle.remove(connection)
             connection.close()
 
     def reset(self) -> None:
         """Close what is idle, and forget what is busy: the service went down."""
-        self._close(*self.idle)
+        self._close(*self.idle, *self.held)
         self.busy.clear()
         self.use = CHECKED if self.checker.enabled else UNCHECKED
 
@@ -1671,15 +1685,18 @@ class Pool:
         """Use each connection of a service once that says more than answers, until it was down."""
         if self.use is not SAYS_MORE:
             self.use = SAYS_MORE
-            self._close(*self.idle)
+            self._close(*self.idle, *self.held)
             self.report(f'sent {what}: from now on each of its connections is used once')
 
     def prune(self, now: float) -> None:
         """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker."""
-        for connection in list(self.idle):
-            keep = SPARE_IDLE if len(self.idle) > 1 else UNHEARD
-            if now - connection.idle_since >= keep or now >= connection.expires:
+        for connection in [*self.idle, *self.held]:
+            if now - connection.idle_since >= (SPARE_IDLE if self.open > 1 else UNHEARD):
                 self._close(connection)
+        for connection in [*self.idle, *self.held, *self.busy]:
+            connection.spent = connection.spent or now >= connection.expires  # after its next answer
+        if self.idle and self.open > 1 and self._gives_up(now):
+            self._close(self.idle[0])
 
     def report(self, text: str) -> None:
         """Log what concerns this service."""
@@ -1739,15 +1756,16 @@ class Queue:
         for service in services:
             service.changed = self.changed
 
-    def take(self, client: Client, tried: Sequence[Pool], deadline: float, now: float) -> Connection | None:
-        """Return a connection of a service that was not tried; None if there is none, or none in time."""
-        pool = self.balancer.choose(client.instance, tried, now)
-        if pool is not None and (connection := pool.take(client, now)) is not None:
-            return connection
+    def wait(self, client: Client, first: Pool | None, tried: Sequence[Pool], deadline: float,
+             now: float) -> Connection | None:  # fmt: skip
+        """Return a connection of a service that was not tried; None if there is none, or none in time.
+
+        The first is what the balancer chose: it is waited for alone, for a moment.
+        """
         waiter = Waiter(client)
         self.waiters.add(waiter)
         try:
-            self._wait(waiter, pool, tried, deadline, now)
+            self._wait(waiter, first, tried, deadline, now)
         finally:
             waiter.leave()
             self.waiters.discard(waiter)
@@ -1780,7 +1798,7 @@ class Queue:
             waiter.woken.wait(seconds)
         except BaseException:  # its client left
             if waiter.connection is not None:  # handed over in the same moment
-                waiter.connection.pool.release(waiter.connection, True, time.monotonic())
+                waiter.connection.pool.give_back(waiter.connection, time.monotonic(), unused=True)
             raise
 
     def hand_over(self, pool: Pool, now: float) -> None:
@@ -1933,20 +1951,6 @@ class Client(Wire):
                     return request
         raise ClientFault(CUT_OFF, f'{len(self._buffer.data)} bytes')
 
-    def begin(self, instance: bytes) -> None:
-        """Begin to ask about a message: the connection that the last one held is free."""
-        if instance != self.instance or not instance:
-            if self.connection is not None and self.connection.holder is self:
-                self.connection.pool.let_go(self.connection, self.asked)
-            self.connection, self.instance = None, instance
-
-    def timer(self, seconds: float) -> QueryTimeout:
-        """Return the Timeout of its query, for so many seconds."""
-        if seconds != self.timeout.seconds:
-            self.timeout.close()
-            self.timeout = QueryTimeout(seconds)
-        return self.timeout
-
     def answer(self, action: bytes) -> None:
         """Send what the kernel takes of an answer now; the rest is left to finish_answer(), as all errors are.
 
@@ -2000,10 +2004,11 @@ class Proxy:
         """Checked: as one process for many clients, which may ask each service its own question."""
         self.statistics = Statistics()
         self.queue = Queue(services, log, checked)
-        self.pools = self.queue.pools
+        self.pools, self._choose = self.queue.pools, self.queue.balancer.choose
         self.clients: set[Client] = set()
         self.draining = False
-        self._default, self._failed, self._deadline, self._log = default, failed, deadline, log
+        self._default, self._failed, self._log = default, failed, log
+        self._deadline = deadline - TOO_SHORT  # seconds, for a request
         #: Default actions that are logged once in ten seconds and not one by one, by reason: how many were.
         self._logged = {NO_SERVICE: 0, NOT_POLICY: 0}
         self._stalled: set[Service] = set()
@@ -2019,12 +2024,17 @@ class Proxy:
         instance = instance_of(request)
         if instance is None:
             return self._give_default(client, NOT_POLICY, None, [])
-        client.begin(instance)
-        deadline = now + self._deadline - TOO_SHORT
+        if (instance != client.instance or not instance) and (last := client.connection) is not None:
+            last.pool.let_go(last, client)
+        client.instance = instance
+        deadline = now + self._deadline
         tried: list[Pool] = []
         failure: ServiceFailure | None = None
-        while now < deadline and (connection := self.queue.take(client, tried, deadline, now)) is not None:
-            service = connection.pool.service
+        while now < deadline:
+            pool = self._choose(instance, tried, now)
+            connection = pool.take(client, now) if pool is not None else None
+            if connection is None and (connection := self.queue.wait(client, pool, tried, deadline, now)) is None:
+                break
             tried.append(connection.pool)
             try:
                 action = self._query(connection, request, client, deadline)
@@ -2033,9 +2043,9 @@ class Proxy:
                 continue
             self.statistics.answers += 1
             if failure is None:
-                return action, service, 1, 'ok'
+                return action, tried[0].service, 1, 'ok'
             self.statistics.redispatches += 1
-            return action, service, len(tried), f'ok after {failure.reason}'
+            return action, tried[-1].service, len(tried), f'ok after {failure.reason}'
         reason = NO_SERVICE if failure is None else ALL_FAILED
         if time.monotonic() >= deadline:
             reason = OUT_OF_TIME
@@ -2044,22 +2054,21 @@ class Proxy:
     def _query(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
         """Pass on the answer of one service; return its action. Raises ServiceFailure, ClientFault."""
         pool = connection.pool
-        used: Connection | None = connection
         try:
             try:
                 action = self._ask(connection, request, client, deadline)
             except Ended:
-                pool.release(connection, False, time.monotonic())
+                pool.give_back(connection, time.monotonic())
                 self.statistics.retries += 1
-                used = self.queue.retry(pool, client, deadline)
-                if used is None:
+                another = self.queue.retry(pool, client, deadline)
+                if another is None:
                     raise
-                connection = used
+                connection = another
                 action = self._ask(connection, request, client, deadline)
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
             now = time.monotonic()
             if isinstance(error, ClientFault):
-                pool.release(connection, False, now)
+                pool.give_back(connection, now)
                 raise
             failure = error if isinstance(error, ServiceFailure) else ServiceFailure(INTERNAL, repr(error))
             pool.report(f'failed: {failure.reason}, {failure}, instance: {printable(client.instance)}')
@@ -2074,24 +2083,16 @@ class Proxy:
 
     def _ask(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
         """Return the action of one connection's answer, within the service's timeout. Raises ServiceFailure."""
-        service, now = connection.pool.service, connection.since
+        service, now, timeout = connection.pool.service, connection.since, client.timeout
         service.queries += 1
-        timeout = client.timer(max(0.001, min(service.timeout, deadline - now)))
-        connection.user = user = getcurrent()
-        timeout.again(user.throw, timeout)
-        try:
-            return connection.ask(request, now)
-        except gevent.Timeout as error:
-            if error is not timeout:
-                raise
-            timeout.__traceback__ = None  # it would keep the request until the next time
-            action = connection.arrived()
-            if action is not None:
-                return action
-            reason = LATE if timeout.seconds > service.timeout / 2 else DEADLINE
-            raise ServiceFailure(reason, f'no answer within {timeout.seconds:.3g}s') from None
-        finally:
-            timeout.stop()
+        seconds, left = service.timeout, deadline - now
+        if seconds > left:
+            seconds = max(0.001, left)
+        if seconds != timeout.seconds:
+            timeout.close()
+            timeout = client.timeout = QueryTimeout(seconds)
+        connection.user = client.user
+        return connection.ask(request, now, timeout)
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,
                       tried: Sequence[Pool]) -> Decision:  # fmt: skip
@@ -2118,7 +2119,8 @@ class Proxy:
             self._refuse(error if isinstance(error, ClientFault) else ClientFault(RESET), address)
         finally:
             self.clients.discard(client)
-            client.begin(b'')
+            if client.connection is not None:
+                client.connection.pool.let_go(client.connection, client)
             client.close()
             client.timeout.close()
 
@@ -2383,7 +2385,7 @@ class Status:
             'since': round(wall - (now - service.since), 3), 'lasting': round(now - service.since, 3),
             'why': service.why if service.heard_at or service.state is not UP else 'not asked yet',
             'in_flight': len(pool.busy), 'waiting': pool.wanting,
-            'idle_connections': len(pool.idle), 'checks': len(pool.checker.running),
+            'idle_connections': len(pool.idle) + len(pool.held), 'checks': len(pool.checker.running),
             'queries': service.queries, 'answers': service.answers, 'failed': service.failed,
             'verdicts': service.verdicts, 'failures': service.failures,
             # of the first moments as if of a second
@@ -2480,7 +2482,7 @@ class Status:
             ('in_flight', 'requests in flight', lambda pool: len(pool.busy)),
             ('max', 'connections at most', lambda pool: pool.service.max),
             ('full', '1 if it does not serve a connection more', lambda pool: pool.checker.full > 0),
-            ('idle_connections', 'idle connections', lambda pool: len(pool.idle)),
+            ('idle_connections', 'idle connections', lambda pool: len(pool.idle) + len(pool.held)),
         )
         for name, text, value in values:
             rows = [([service.name], value(pool)) for service, pool in self._proxy.pools.items()]

@@ -30,7 +30,7 @@ def balancing(*services: Service) -> tuple[Balancer, list[Pool]]:
     pools = list(queue.pools.values())
     for pool in pools:
         pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
-        pool.idle = {Connection(pool, 0): None for _ in range(3)}
+        pool.idle = [Connection(pool, 0) for _ in range(3)]
     return queue.balancer, pools
 
 
@@ -96,9 +96,9 @@ def test_the_table_of_messages_is_bounded_and_forgets_the_oldest() -> None:
 
 def test_a_service_without_room_is_passed_over_and_all_are_waited_for_when_none_has_room() -> None:
     balancer, (a, b, c) = balancing(service('a', maximum=3), service('b', maximum=3), service('c', prio=20))
-    a.busy, a.idle = dict.fromkeys(a.idle), {}
+    a.busy, a.idle = dict.fromkeys(a.idle), []
     assert [choose(balancer) for _ in range(3)] == ['b'] * 3
-    b.busy, b.idle = dict.fromkeys(b.idle), {}
+    b.busy, b.idle = dict.fromkeys(b.idle), []
     assert balancer.choose(b'', (), 0) is None, 'the next prio is for requests that have waited'
     assert balancer.candidates(None, (), 0, 0) == [a, b]
     assert balancer.candidates(None, (), 0.1, 0) == [a, b, c]
@@ -107,13 +107,13 @@ def test_a_service_without_room_is_passed_over_and_all_are_waited_for_when_none_
 
 def test_a_stalled_service_gets_mail_only_when_no_other_can_take_it() -> None:
     balancer, (a, b) = balancing(service('a'), service('b', prio=20))
-    a.busy[a.idle.popitem()[0]] = None
+    a.busy[a.idle.pop()] = None
     assert choose(balancer, now=4.9) == 'a'
     assert choose(balancer, now=5.1) == 'b'
     assert balancer.candidates(None, (), 0.2, 5.1) == [b]
     assert balancer.candidates(None, [b], 0, 5.1) == [a]
     assert balancer.candidates(None, (), 1, 5.1) == [a, b], 'the last hope: one slow message may be all that it has'
-    a.service.mail_answered(0, 6)
+    a.service.answered(b'DUNNO', 0, True, 6)
     assert choose(balancer, now=7) == 'a'
 
 
@@ -122,7 +122,7 @@ def test_a_service_that_returns_gets_no_burst() -> None:
     a.service.turn(DOWN, 'refused', 0)
     assert [choose(balancer) for _ in range(100)] == ['b'] * 100
     a.service.check_passed(1)
-    a.idle = {Connection(a, 0): None}
+    a.idle = [Connection(a, 0)]
     assert Counter(choose(balancer) for _ in range(10)) == {'a': 5, 'b': 5}
 
 
@@ -132,5 +132,5 @@ def test_on_trial_a_service_has_one_mail_at_a_time_and_some_where_no_other_is_up
     assert (a.places, b.places) == (1, 1000)
     b.service.turn(DOWN, 'refused', 0)
     assert (a.places, b.places) == (5, 0)
-    a.service.mail_answered(0, 1)
+    a.service.answered(b'DUNNO', 0, True, 1)
     assert (a.service.state, a.places) == (UP, 1000)

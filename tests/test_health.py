@@ -43,14 +43,14 @@ def test_a_service_that_cannot_be_connected_to_is_down_at_once(reason: str, alon
 def test_other_failures_take_it_down_after_fall_in_a_row_beside_another(reason: str) -> None:
     one = service()
     assert fail(one, reason) is UP
-    one.mail_answered(1 - 1, 1)
+    one.answered(b'DUNNO', 1 - 1, True, 1)
     assert fail(one, reason, 2) is UP
     assert fail(one, reason, 2) is DOWN
     one.check_passed(4)
     assert one.state is TRIAL, 'the check does not see what mail sees'
     assert fail(one, reason, 5) is DOWN
     one.check_passed(6)
-    one.mail_answered(7 - 1, 7)
+    one.answered(b'DUNNO', 7 - 1, True, 7)
     assert one.state is UP
     one.turn(DOWN, 'its check', 8)
     one.check_passed(9)
@@ -72,13 +72,13 @@ def test_late_answers_in_a_row_put_the_last_service_on_trial_and_one_answer_ends
     assert fail(one, LATE, alone=True) is UP
     assert fail(one, LATE, alone=True) is TRIAL
     assert fail(one, LATE, alone=True) is TRIAL
-    one.mail_answered(5 - 1, 5)
+    one.answered(b'DUNNO', 5 - 1, True, 5)
     assert one.state is UP and not one.blamed
 
 
 def test_i9_late_answers_say_nothing_while_others_are_answered_or_wait_for_a_place() -> None:
     one = service()
-    one.mail_answered(1.5 - 1, 1.5)
+    one.answered(b'DUNNO', 1.5 - 1, True, 1.5)
     for _ in range(5):
         assert fail(one, LATE, 1) is UP
         assert fail(one, LATE, 2, alone=True, crowded=True) is UP

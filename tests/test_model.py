@@ -105,7 +105,7 @@ class ModelQueue(Queue):
             self.model.stop(lambda: waiter.woken.is_set(), self.model.clock.now + seconds)
         except ClientFault:
             if waiter.connection is not None:
-                waiter.connection.pool.release(waiter.connection, True, self.model.clock.now)
+                waiter.connection.pool.give_back(waiter.connection, self.model.clock.now, unused=True)
             raise
 
     def hand_over(self, pool: Pool, now: float) -> None:
@@ -254,7 +254,9 @@ class Model(RuleBasedStateMachine):
                     assert len(pool.busy) >= pool.places or pool.checker.running or not pool.places
         self.answered += 1
         client.answers.clear()
-        client.begin(client.instance if not client.ended else b'')
+        if client.ended and client.connection is not None:
+            client.connection.pool.let_go(client.connection, client)
+            client.connection = None
         client.ended = False
         self.idle.append(client)
 
@@ -271,7 +273,7 @@ class Model(RuleBasedStateMachine):
 
     def served(self, pool: Pool) -> list[Any]:
         """What a server has that serves two connections: the eldest."""
-        there = [*pool.idle, *pool.busy, *pool.checker.running]
+        there = [*pool.held, *pool.idle, *pool.busy, *pool.checker.running]
         return sorted(there, key=lambda connection: connection.expires)[:2]
 
     @rule()
@@ -319,13 +321,13 @@ class Model(RuleBasedStateMachine):
         pool = data.draw(st.sampled_from(self.pools))
         self.kinds[pool] = kind
         if kind is DEAD:
-            for connection in [*pool.idle]:
+            for connection in [*pool.idle, *pool.held]:
                 connection.dead = True
 
     @rule(data=st.data(), seen=st.booleans())
     def an_idle_connection_ends(self, data: Any, seen: bool) -> None:
         pool = data.draw(st.sampled_from(self.pools))
-        if connections := [*pool.idle]:
+        if connections := [*pool.idle, *pool.held]:
             connection = data.draw(st.sampled_from(connections))
             connection.dead = True
             if seen:
@@ -395,7 +397,7 @@ class Model(RuleBasedStateMachine):
     def bounds(self) -> None:
         for pool in getattr(self, 'pools', ()):
             assert pool.open + len(pool.checker.running) <= pool.service.max
-            connections = [*pool.idle, *pool.busy, *pool.checker.running]
+            connections = [*pool.held, *pool.idle, *pool.busy, *pool.checker.running]
             assert len(connections) == len(set(connections)), 'a connection is in two places'
 
     @invariant()
