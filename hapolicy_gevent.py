@@ -128,6 +128,8 @@ REST_AFTER = 1.0
 HOLD, MAX_IDLE = 1.0, 30
 #: Seconds for which an idle connection is kept beside another: a server may have few workers.
 SPARE_IDLE = 2.0
+#: Seconds for which each connection is used once, after a server said more than an answer.
+ONCE = 60.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
 MAX_AGE = 1000.0
 #: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
@@ -243,6 +245,8 @@ class Ended(ServiceFailure):
 
 
 EMPTY_LINE = re.compile(rb'\n\r?\n').search
+#: An answer as nearly all are: one line of printable ASCII, no number first, no blank last.
+PLAIN_ANSWER = re.compile(rb'action=([!-/:-~](?:[ -~]*[!-~])?)\n\n').fullmatch
 LINE_ENDS = b'\r\n'
 CONTROLS = bytes(range(SPACE + 1)) + b'\x7f'  # and the blank
 #: Control characters become '?', but for a tab.
@@ -1128,7 +1132,7 @@ class Connection(Wire):
     """A connection to a server: it decides what is an answer. One request at a time."""
 
     __slots__ = ('_data', 'carried', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'silent_at', 'since', 'spent',
-                 'used')  # fmt: skip
+                 'surplus', 'used')  # fmt: skip
 
     def __init__(self, pool: Pool, now: float) -> None:
         """Make one that is not open yet: the first ask() opens it."""
@@ -1137,7 +1141,7 @@ class Connection(Wire):
         self.expires = now + MAX_AGE
         self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
         self.used = self.carried = False  # it answered something; it answered mail
-        self.spent = False  # not to be used again
+        self.spent = self.surplus = False  # not to be used again; as more than an answer came
         self.holder: Client | None = None  # whose message was answered by it last, and may ask more
         #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: it may be taken again before the
         #: loop has polled. None while it is not open.
@@ -1161,34 +1165,24 @@ class Connection(Wire):
             raise ServiceFailure(DROPPED if said is ENDED else INVALID, 'it hung up, or spoke, before it was asked')
 
     def ask(self, request: bytes, now: float, timeout: QueryTimeout | None = None) -> bytes:
-        """Send a request and return the action of its answer, within a timeout. Raises ServiceFailure.
-
-        One that was in use for a second and never silent rests first: behind a surplus answer each request would
-        read its predecessor's for as long as the next one comes at once.
-        """
-        idle = now - self.idle_since
-        again = self.carried or (self.used and idle > QUIET)
-        self._data = b''
+        """Send a request and return the action of its answer, within a timeout. Raises ServiceFailure."""
+        again = self.carried or self.pool.use is SINGLE_USE or (self.used and now - self.idle_since > QUIET)
+        if self.poll is not None:
+            self._see_silence(now)
+        self._data, sent = b'', False
         if timeout is not None:
             timeout.again(self.user.throw, timeout)
         try:
             if self.poll is None:
                 self.open()
-            elif idle >= QUIET:
-                self.silent_at = now
-            elif now - self.silent_at > REST_AFTER and self.used:
-                if self.listen(QUIET - idle):
-                    raise Ended(DROPPED, 'it was not silent between two requests')
-                self.silent_at = now
+            sent = True
             self.send(request)
             while (chunk := self.receive()) != b'':
                 if not chunk:
                     continue
-                if (chunk[-2:] == b'\n\n' and chunk[:7] == b'action=' and not self._data
-                        and (action := chunk[7:-2]) > b'A' and action[-1] > SPACE and action.isascii()
-                        and action.decode().isprintable()):  # fmt: skip
-                    self.used = True  # nearly always: one line of printable ASCII, a word first, no blank last
-                    return action
+                if (plain := PLAIN_ANSWER(chunk)) is not None and not self._data:  # nearly always
+                    self.used = True
+                    return plain[1]
                 if (answer := self._take_in(chunk)) is not None:
                     return answer
         except OSError:
@@ -1196,7 +1190,7 @@ class Connection(Wire):
         except gevent.Timeout as error:
             if timeout is None or error is not timeout:
                 raise
-            return self._after_timeout(timeout)
+            return self._after_timeout(timeout, sent)
         finally:
             if timeout is not None:
                 timeout.stop()
@@ -1205,11 +1199,27 @@ class Connection(Wire):
             raise (Ended if again else ServiceFailure)(DROPPED, 'it hung up without an answer')
         return self._parse(closed=True) or b''
 
-    def _after_timeout(self, timeout: QueryTimeout) -> bytes:
+    def _see_silence(self, now: float) -> None:
+        """See that nothing came since its last answer. Raises Ended.
+
+        One that was in use for a second and never silent rests first: behind a surplus answer each request would
+        read its predecessor's for as long as the next one comes at once.
+        """
+        idle = now - self.idle_since
+        if not self._watcher.active:  # something came after the pool had looked
+            raise Ended(DROPPED, 'it was not silent before its use')
+        if idle >= QUIET:
+            self.silent_at = now
+        elif now - self.silent_at > REST_AFTER and self.used:
+            if self.listen(QUIET - idle):
+                raise Ended(DROPPED, 'it was not silent between two requests')
+            self.silent_at = now
+
+    def _after_timeout(self, timeout: QueryTimeout, sent: bool) -> bytes:
         """Return the action if a whole answer has come while we did not run. Raises ServiceFailure."""
         timeout.__traceback__ = None  # it would keep the request until the next time
         with contextlib.suppress(OSError):
-            while self.poll is not None and self.poll(0) and (chunk := self._recv(RECEIVE)):
+            while sent and self.poll is not None and self.poll(0) and (chunk := self._recv(RECEIVE)):
                 if (action := self._take_in(chunk)) is not None:
                     return action
         reason = LATE if timeout.seconds > self.pool.service.timeout / 2 else DEADLINE
@@ -1232,11 +1242,8 @@ class Connection(Wire):
             raise ServiceFailure(DROPPED if closed else INVALID, str(error)) from None
         if answer is None:
             return None
-        action, surplus = answer
-        self.used = True
-        if surplus:
-            self.spent = True
-            self.pool.said_more('more than one answer to a request')
+        action, self.surplus = answer
+        self.used, self.spent = True, self.spent or self.surplus
         return action
 
     def check(self) -> tuple[str, bytes]:
@@ -1247,7 +1254,7 @@ class Connection(Wire):
         action = self.ask(CHECK, time.monotonic())
         self.pool.service.check_answered(self.since, time.monotonic())
         if self.spent:
-            return (SURPLUS if self.pool.use is SAYS_MORE else ENDED), action
+            return (SURPLUS if self.surplus else ENDED), action
         return self.listen(QUIET), action
 
     def look(self) -> str:
@@ -1338,8 +1345,10 @@ class Checker:
 
     def _pauses(self, now: float) -> bool:
         """Tell whether it is too early for another check, as one failed."""
-        down = self.pool.service.state is DOWN and self.pool.queue.balancer.up
-        return now < self._failed_at + (self._backoff * JITTER if down else BACKOFF_FIRST)
+        seconds = BACKOFF_FIRST
+        if self.pool.service.state is DOWN:
+            seconds = self._backoff * JITTER if self.pool.queue.balancer.up else min(BACKOFF_FIRST, self._backoff / 10)
+        return now < self._failed_at + seconds
 
     def growing(self, now: float) -> bool:
         """Tell whether a request that waits a moment may expect a new connection."""
@@ -1355,20 +1364,26 @@ class Checker:
             self.wanted = min(self.wanted, now if soon else max(now, self._began + BACKOFF_FIRST))
 
     def grow(self, now: float) -> None:
-        """Start the checks that are due: as many as requests wait for; one where the service is down or full."""
+        """Start the checks that are due: as many as requests wait for; one where the service is down or full.
+
+        One more where they have been waiting for long: what one check met may be a worker that hangs.
+        """
         pool, number = self.pool, 0
-        if self._doubted or self._pauses(now):
+        waits = bool(self.running) and now - next(reversed(self.running)).since > UNANSWERED
+        if (self._doubted and not waits) or self._pauses(now):
             return
         if pool.service.state is DOWN:
             if self.running and self.late is None:
                 return
             if not self.enabled:
+                self._backoff = min(BACKOFF_LAST, self._backoff * 2)
                 return pool.service.turn(TRIAL, 'mail may try it', now)
             self.stop()  # the one that is late
             number = 1
         elif self.enabled:
-            number = max(pool.wanting if pool.use is CHECKED else 0, len(self.running) + (now >= self.wanted))
-            number = min(number, 1) if self.full else number
+            wanted = len(self.running) + (now >= self.wanted or (waits and pool.wanting > 0))
+            number = max(pool.wanting if pool.use is CHECKED else 0, wanted)
+            number = min(number, 1 + waits) if self.full else number
         for _ in range(min(number - len(self.running), pool.room)):
             self._start(now)
 
@@ -1404,10 +1419,12 @@ class Checker:
         pool = self.pool
         self._failed_at, self._backoff, self._doubted = -math.inf, BACKOFF_FIRST, 0
         self.reason, self.late = '', None
+        for other in [other for other in self.running if check.since - other.since > UNANSWERED and not other.used]:
+            self.running.pop(other).kill(block=False)  # it waits for a worker that hangs
         if said is SURPLUS:
-            pool.said_more('more after the answer to its check')
-        elif pool.use is not SAYS_MORE:
-            pool.use = SINGLE_USE if said is ENDED else CHECKED
+            pool.said_more('more after the answer to its check', now)
+        pool.use = SAYS_MORE if said is SURPLUS else SINGLE_USE if said is ENDED else CHECKED
+        pool.gave_up_at = min(pool.gave_up_at, now)
         pool.service.check_passed(now)
         if pool.use is CHECKED:
             pool.admit(check, now)
@@ -1427,8 +1444,10 @@ class Checker:
             self._down(reason, '', now)
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
+            self._doubted = 0
         elif (service.heard_at > check.since) if reason is LATE else pool.count_open():
             self._limit(f'{reason}, {failure}', now)
+            pool.queue.hand_over(pool, now)
         elif self.running:
             self._doubted = max(self._doubted, 1)  # the others will tell
         elif reason in (DROPPED, INVALID) and self._doubted < 2:
@@ -1450,16 +1469,20 @@ class Checker:
         """Start anew, as the service went down."""
         self.stop(but=self.late)
         self.full = self._doubted = 0
-        self._failed_at, self._backoff = now, BACKOFF_FIRST
+        self._failed_at = now
+
+    def recovered(self) -> None:
+        """Check soon when the service goes down next: it is up."""
+        self._backoff = BACKOFF_FIRST
 
     def _limit(self, why: str, now: float) -> None:
         """Note that no more connections are served than are open."""
         self._failed_at, self._doubted = now, 0
         if not self.full:
             self.full = max(1, self.pool.open)
-            self.pool.gave_up_at = 0.0
-            self.pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. Set its max to'
-                             f' {self.full}, or give it more workers')  # fmt: skip
+            self.pool.gave_up_at = min(self.pool.gave_up_at, now - GIVE_UP)
+            self.pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
+                             f' set its max to {self.full}, or give it more workers')  # fmt: skip
 
     def watch(self, now: float) -> None:
         """Judge the checks that are not answered, and start those that are due."""
@@ -1503,15 +1526,16 @@ class Pool:
     the last used is the first taken, so that the others can end.
     """
 
-    def __init__(self, service: Service, queue: Queue, log: Log, checked: bool) -> None:
-        self.service, self.queue, self._log = service, queue, log
+    def __init__(self, service: Service, queue: Queue, checked: bool) -> None:
+        self.service, self.queue = service, queue
         self.use = CHECKED if checked else UNCHECKED
         self.places = service.max  # mails at once
         self.wanting = 0  # requests that wait for a connection of it
         self.idle: list[Connection] = []  # the most recently used last
         self.held: dict[Connection, None] = {}  # the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
-        self.gave_up_at = time.monotonic()  # when a connection was last given up
+        self.gave_up_at = time.monotonic()  # when a connection was last given up, inf until a check passes
+        self.once_until = 0.0  # until when each connection carries one mail, as the server said more than an answer
         #: Returns a socket connected to the service. Raises OSError.
         self.connect = connector(service.address, min(CONNECT_TIMEOUT, service.timeout), self.report)
         self.checker = Checker(self, checked)
@@ -1611,7 +1635,7 @@ class Pool:
             self.report(f'fails its checks ({self.checker.reason}), but answers mail: it is used without checks')
         service.answered(action, connection.since, current, now)
         if (current and reuse and not connection.spent and self.use in (CHECKED, UNCHECKED)
-                and not (self.wanting and self._gives_up(now))):  # fmt: skip
+                and now > self.once_until and not (self.wanting and self._gives_up(now))):  # fmt: skip
             connection.idle_since, connection.carried = now, True
             if connection.holder is None:
                 self.idle.append(connection)
@@ -1620,6 +1644,8 @@ class Pool:
             if self.wanting:
                 self.queue.hand_over(self, now)
         else:
+            if connection.surplus:
+                self.said_more('more than one answer to a request', now)
             self._end(connection, current, now)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
@@ -1643,7 +1669,7 @@ class Pool:
     def _end(self, connection: Connection, current: bool, now: float) -> None:
         connection.close()
         if current:
-            if not self.open:
+            if not self.open and self.use is CHECKED:
                 self.checker.want(now, soon=False)
             self.queue.hand_over(self, now)
 
@@ -1656,17 +1682,18 @@ class Pool:
 
     def _gives_up(self, now: float) -> bool:
         """Tell whether a connection is to be closed now, so that another user of the server has his turn."""
-        if now - self.gave_up_at <= max(GIVE_UP, 10 * self.service.latency.mean) or not self.checker.enabled:
+        if (now - self.gave_up_at <= max(GIVE_UP, 10 * self.service.latency.mean)
+                or not self.checker.enabled or not self.open):  # fmt: skip
             return False
-        self.gave_up_at = now
-        return self.open > 0 or self.checker.full > 0
+        self.gave_up_at = math.inf
+        return True
 
     def drop(self, connection: Connection, said: str) -> None:
         """Close an idle connection that ended, or said what nobody asked for."""
         self._close(connection)
         if said is SURPLUS:
-            self.said_more('what nobody asked for')
-        if not self.open:
+            self.said_more('what nobody asked for', time.monotonic())
+        if not self.open and self.use is CHECKED:
             self.checker.want(time.monotonic(), soon=False)
 
     def _close(self, *connections: Connection) -> None:
@@ -1681,12 +1708,12 @@ class Pool:
         self.busy.clear()
         self.use = CHECKED if self.checker.enabled else UNCHECKED
 
-    def said_more(self, what: str) -> None:
-        """Use each connection of a service once that says more than answers, until it was down."""
-        if self.use is not SAYS_MORE:
-            self.use = SAYS_MORE
-            self._close(*self.idle, *self.held)
-            self.report(f'sent {what}: from now on each of its connections is used once')
+    def said_more(self, what: str, now: float) -> None:
+        """Use each connection for one mail only, for a while: the server said more than an answer."""
+        self._close(*self.idle, *self.held)
+        if now >= self.once_until:
+            self.report(f'sent {what}: for {ONCE:.0f}s each of its connections is used once')
+        self.once_until = now + ONCE
 
     def prune(self, now: float) -> None:
         """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker."""
@@ -1700,12 +1727,12 @@ class Pool:
 
     def report(self, text: str) -> None:
         """Log what concerns this service."""
-        self._log(WARNING, f'[{self.service.name}] ({self.service.where}) {text}')
+        self.queue.log(WARNING, f'[{self.service.name}] ({self.service.where}) {text}')
 
     def trace(self, what: str) -> None:
         """Log a step of a connection (-v)."""
-        if self._log.verbose:
-            self._log(INFO, f"{what} '{self.service.name}' ({self.service.where})")
+        if self.queue.log.verbose:
+            self.queue.log(INFO, f"{what} '{self.service.name}' ({self.service.where})")
 
 
 class Waiter:
@@ -1746,8 +1773,8 @@ class Queue:
     """
 
     def __init__(self, services: Sequence[Service], log: Log, checked: bool = True) -> None:
-        self._log = log
-        self.pools = {service: Pool(service, self, log, checked) for service in services}
+        self.log = log
+        self.pools = {service: Pool(service, self, checked) for service in services}
         self.waiters: set[Waiter] = set()
         self._heaps: dict[Pool, list[tuple[float, int, Waiter]]] = {pool: [] for pool in self.pools.values()}
         self._retries: dict[Pool, deque[Waiter]] = {pool: deque() for pool in self._heaps}
@@ -1815,24 +1842,28 @@ class Queue:
         if pool.wanting:
             pool.checker.grow(now)
 
-    def retry(self, pool: Pool, client: Client, deadline: float) -> Connection | None:
-        """Return a connection for a request whose connection ended before it was answered.
+    def retry(self, ended: Connection, client: Client, deadline: float) -> Connection | None:
+        """Return a connection in place of one that ended before it answered; None if the service went down, or has none.
 
-        One that has just been checked: any other may have ended, too. None if the service went down, or has none.
+        One that has just been checked, or is new: any other may have ended, too.
         """
-        now = time.monotonic()
-        if not pool.unchecked:
-            waiter = Waiter(client)
-            waiter.join(pool)
-            self._retries[pool].append(waiter)
-            try:
-                pool.checker.grow(now)
-                self._sleep(waiter, max(0.0, min(STALLED_AFTER, deadline - now)))
-            finally:
-                waiter.leave()
-            if waiter.connection is not None:
-                return waiter.connection
-        return pool.take(client, time.monotonic())
+        pool, now = ended.pool, time.monotonic()
+        if pool.unchecked and ended in pool.busy:
+            del pool.busy[ended]
+            ended.close()
+            another = Connection(pool, now)
+            pool.busy[another] = None
+            return another
+        waiter = Waiter(client)
+        waiter.join(pool)
+        self._retries[pool].append(waiter)
+        try:
+            pool.give_back(ended, now)
+            pool.checker.grow(now)
+            self._sleep(waiter, max(0.0, min(pool.service.timeout, deadline - now)))
+        finally:
+            waiter.leave()
+        return waiter.connection
 
     def next_retry(self, pool: Pool) -> Waiter | None:
         """Return the first request that waits to be sent to this service again."""
@@ -1845,7 +1876,7 @@ class Queue:
 
     def changed(self, service: Service, text: str, now: float) -> None:
         """Do what follows from a change of a service's state: a request that it concerns chooses again."""
-        self._log(WARNING, text)
+        self.log(WARNING, text)
         pool = self.pools[service]
         self.balancer.update()
         concerned = self.waiters
@@ -1858,7 +1889,9 @@ class Queue:
                 pool.wanting -= 1
             self._heaps[pool].clear()
             if not self.balancer.up:
-                self._log(WARNING, 'No service is up: the default action is given to every request')
+                self.log(WARNING, 'No service is up: requests get the default action')
+        else:
+            pool.checker.recovered()
         for waiter in [*concerned, *self._retries[pool]]:
             waiter.woken.set()
 
@@ -1866,6 +1899,8 @@ class Queue:
         """Do what time alone brings: judge checks and start those that are due."""
         for pool in self._heaps:
             pool.checker.watch(now)
+            if pool.wanting:
+                self.hand_over(pool, now)
 
     def prune(self, now: float) -> None:
         """Close idle connections, and forget who is done."""
@@ -2058,9 +2093,8 @@ class Proxy:
             try:
                 action = self._ask(connection, request, client, deadline)
             except Ended:
-                pool.give_back(connection, time.monotonic())
                 self.statistics.retries += 1
-                another = self.queue.retry(pool, client, deadline)
+                another = self.queue.retry(connection, client, deadline)
                 if another is None:
                     raise
                 connection = another

@@ -84,7 +84,7 @@ def test_i9_mail_that_makes_a_server_fail_costs_no_other_mail_its_verdict(poison
     with stubs(*[for_sender('poison', POISON[poison]) for _ in fields]) as running:
         arguments = [f'-s{server.service}{field}' for server, field in zip(running, fields, strict=True)]
         with ProxyProcess(*arguments) as proxy, proxy.client() as stranger, GoodMail(proxy, 3, 0.2) as good:
-            for _ in range(16):
+            for _ in range(8):
                 asked = [len(server.requests) for server in running]
                 instance = new_instance()
                 assert stranger.ask(request(sender='poison', instance=instance)) == 'dunno'
@@ -92,7 +92,7 @@ def test_i9_mail_that_makes_a_server_fail_costs_no_other_mail_its_verdict(poison
                     times = sum(instance.encode() in message for message in server.requests[before:])
                     assert times <= 2, f'delivered {times} times to {server.name}'
                 time.sleep(0.25)
-            assert len(good.servers) > 20
+            assert len(good.servers) > 10
         assert 'default' not in good.servers
         assert max(good.waited) < 1 * SCALE
 
@@ -111,7 +111,7 @@ def test_a_poisonous_message_is_delivered_once_where_no_connection_had_ended() -
 def test_i9_messages_that_no_server_answers_in_time_cost_good_mail_its_wait_alone(messages: int, maximum: str) -> None:
     behaviour = for_sender('tarpit', hang)
     with stubs(behaviour, behaviour) as (a, b):
-        services = [f'-s{server.service}:::1:{maximum}' for server in (a, b)]
+        services = [f'-s{server.service}:::0.5:{maximum}' for server in (a, b)]
         with ProxyProcess(*services, '--deadline=90') as proxy:
 
             def tarpit(_: int) -> str:
