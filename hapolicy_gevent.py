@@ -98,7 +98,7 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     from docopt import DocoptExit, docopt
 
-__version__ = '2.0.0'
+__version__ = '2.1.0'
 
 # ---------------------------------------------------------------------------
 # Constants
@@ -646,8 +646,8 @@ class Balancer:
         self.up = sum(pool.service.state is UP for pool in self.pools)
         for pool in self.pools:
             service = pool.service
-            untold = not self.up and pool.checker.reason in (DROPPED, INVALID)
-            trial = (0 if service.state is DOWN and not untold else 1 if self.up else TRIALS)
+            perhaps = not self.up and pool.checker.reason in (DROPPED, INVALID)
+            trial = 0 if service.state is DOWN and not perhaps else 1 if self.up else TRIALS
             pool.places = service.max if service.state is UP else min(trial, service.max)
         self._rounds = []
         for _, group in itertools.groupby(self.pools, key=lambda pool: pool.service.prio):
@@ -1423,7 +1423,10 @@ class Checker:
             self.running.pop(other).kill(block=False)  # it waits for a worker that hangs
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
-        pool.use = SAYS_MORE if said is SURPLUS else SINGLE_USE if said is ENDED else CHECKED
+        use = SAYS_MORE if said is SURPLUS else SINGLE_USE if said is ENDED else CHECKED
+        if use is not pool.use and use is not CHECKED:
+            self.want(now, soon=False)  # it may have died in this moment
+        pool.use = use
         pool.gave_up_at = min(pool.gave_up_at, now)
         pool.service.check_passed(now)
         if pool.use is CHECKED:
@@ -1843,7 +1846,7 @@ class Queue:
             pool.checker.grow(now)
 
     def retry(self, ended: Connection, client: Client, deadline: float) -> Connection | None:
-        """Return a connection in place of one that ended before it answered; None if the service went down, or has none.
+        """Return a connection in place of one that ended unanswered; None if the service went down, or has none in time.
 
         One that has just been checked, or is new: any other may have ended, too.
         """
@@ -1890,7 +1893,7 @@ class Queue:
             self._heaps[pool].clear()
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
-        else:
+        elif service.state is UP:
             pool.checker.recovered()
         for waiter in [*concerned, *self._retries[pool]]:
             waiter.woken.set()
@@ -2269,7 +2272,7 @@ class Status:
     """What the proxy tells of itself by HTTP: it only reads counters.
 
     /             the page for people: a constant, filled every 2 s from status.json
-    /status.json  all of it for programs; README.md has the fields
+    /status.json  all of it for programs; docs/operations.md has the fields
     /metrics      for Prometheus, if its client library is installed; 501 if not
     /health       200 'ok' while a service is able to answer and no drain has begun; else 503 and why, in one line
 
@@ -2382,7 +2385,7 @@ class Status:
     # -- what is told
 
     def data(self) -> dict[str, Any]:
-        """Return the content of /status.json; README.md has its fields."""
+        """Return the content of /status.json; docs/operations.md has its fields."""
         now, wall = time.monotonic(), time.time()
         statistics = self._proxy.statistics
         minute = {service: self._lately(service, SHARE_SECONDS) for service in self._services}
