@@ -1370,7 +1370,7 @@ class Checker:
         """
         pool, number = self.pool, 0
         waits = bool(self.running) and now - next(reversed(self.running)).since > UNANSWERED
-        if (self._doubted and not waits) or self._pauses(now):
+        if self._doubted == 1 or (self._doubted and not waits) or self._pauses(now):
             return
         if pool.service.state is DOWN:
             if self.running and self.late is None:
@@ -1451,8 +1451,8 @@ class Checker:
         elif (service.heard_at > check.since) if reason is LATE else pool.count_open():
             self._limit(f'{reason}, {failure}', now)
             pool.queue.hand_over(pool, now)
-        elif self.running:
-            self._doubted = max(self._doubted, 1)  # the others will tell
+        elif self.running and self._doubted < 2 and reason is not LATE:
+            self._doubted = 1  # the others will tell
         elif reason in (DROPPED, INVALID) and self._doubted < 2:
             self._doubted = 2  # one hang-up proves nothing
             self._start(now)

@@ -201,6 +201,16 @@ def test_a_dead_server_is_seen_when_nothing_is_asked() -> None:
         proxy.logged('is down', 35)
 
 
+def test_a_server_that_hangs_up_on_every_check_late_goes_down_while_requests_wait() -> None:
+    def late(peer: Peer, message: bytes) -> None:
+        time.sleep(1.4)
+        raise HangUp
+
+    with stubs(late) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        assert client.ask(request(instance=new_instance())) == 'dunno'
+        proxy.logged('is down: its check: dropped')
+
+
 def test_a_server_that_dies_while_it_is_checked_is_not_taken_for_one_that_hangs_up() -> None:
     with processes('A') as (a,), ProxyProcess('-s', a.service) as proxy:
         clients = [proxy.client() for _ in range(10)]

@@ -403,7 +403,7 @@ def test_a_service_is_asked_where_it_was_last_while_its_name_cannot_be_looked_up
         assert time.monotonic() - began < 10, 'each waits a moment for the lookup, not as long as it takes'
         assert ') failed: ' not in proxy.log
         if trouble == 'fails':
-            assert proxy.log.count('it is asked where it was last') == 1
+            assert proxy.log.count('asking where it was last') == 1
             names.write('127.0.0.1')
             wait_until(lambda: client.ask_own() == 'A' and 'host name: found again' in proxy.log)
 
