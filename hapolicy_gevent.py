@@ -465,32 +465,27 @@ def parse_address(text: str) -> tuple[Address, str]:
 
 
 class Settings:
-    """What a -s option and the options for all services say of one policy server."""
+    """What a -s option and the options for all services say of one policy server, and what it was asked and answered."""
 
-    __slots__ = ('address', 'fall', 'max', 'name', 'prio', 'stall', 'timeout', 'weight', 'where')
+    __slots__ = ('address', 'failures', 'fall', 'latency', 'max', 'name', 'prio', 'queries', 'stall', 'timeout',
+                 'verdicts', 'weight')  # fmt: skip
 
     def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
                  timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
-        self.name, self.address, self.where = name, address, str(address)
-        self.prio, self.weight = prio, weight
+        self.name, self.address, self.prio, self.weight = name, address, prio, weight
         self.timeout = timeout  # seconds for a whole query
         self.max = maximum  # connections and checks at once
         self.fall = 2  # failed mails in a row that take it down beside another
         self.stall = 5.0  # seconds without an answer while mail is in flight
-
-
-class Counted(Settings):
-    """A policy server, and what it was asked and answered."""
-
-    __slots__ = ('failures', 'latency', 'queries', 'verdicts')
-
-    def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
-                 timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
-        super().__init__(name, address, prio, weight, timeout, maximum)
         self.queries = 0
         self.failures = dict.fromkeys(FAILURES, 0)
         self.verdicts = dict.fromkeys(VERDICTS, 0)  # of its answers
         self.latency = Latency()  # of its answers, from the request to the answer
+
+    @property
+    def where(self) -> str:
+        """Its address, as the option has it."""
+        return str(self.address)
 
     @property
     def answers(self) -> int:
@@ -503,7 +498,7 @@ class Counted(Settings):
         return sum(self.failures.values())
 
 
-class Service(Counted):
+class Service(Settings):
     """One policy server: its settings, its counters, and whether it is up. Pure: it never does I/O.
 
     States: UP takes mail; DOWN takes none until a check passes; TRIAL takes some mails at a time until one is
@@ -1846,7 +1841,7 @@ class Queue:
             pool.checker.grow(now)
 
     def retry(self, ended: Connection, client: Client, deadline: float) -> Connection | None:
-        """Return a connection in place of one that ended unanswered; None if the service went down, or has none in time.
+        """Return a connection in place of one that ended; None if the service went down, or has none in time.
 
         One that has just been checked, or is new: any other may have ended, too.
         """
@@ -2420,7 +2415,7 @@ class Status:
             'full': pool.checker.full or None, 'use': pool.use,
             'state': service.state, 'stalled': pool.stalled(now),
             'since': round(wall - (now - service.since), 3), 'lasting': round(now - service.since, 3),
-            'why': service.why if service.heard_at or service.state is not UP else 'not asked yet',
+            'why': service.why,
             'in_flight': len(pool.busy), 'waiting': pool.wanting,
             'idle_connections': len(pool.idle) + len(pool.held), 'checks': len(pool.checker.running),
             'queries': service.queries, 'answers': service.answers, 'failed': service.failed,
@@ -2443,9 +2438,7 @@ class Status:
         if level == 'bad' and len(services) > 1:
             said.insert(0, 'No service is up.')
         if not said:
-            new = sum(not service.heard_at for service in services)
-            up = f'All {len(services)} services are up' if len(services) > 1 else f'{services[0].name} is up'
-            said.append(up + (f' ({new} not asked yet).' if new else '.'))
+            said.append(f'All {len(services)} services are up.' if len(services) > 1 else f'{services[0].name} is up.')
         given = sum(self._proxy.statistics.defaults.values()) - self._given[0][1]
         failing = [f'{service.name} failed {sample.failed} of {sample.failed + sample.answers} queries in the last'
                    f' {sample.when:.0f} s.' for service, sample in minute.items() if sample.failed]  # fmt: skip
@@ -2970,11 +2963,16 @@ def patch_sockets() -> None:
         setattr(socket, name, getattr(gevent.socket, name))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
+def protect_client() -> None:
+    """See that nothing but answers reaches descriptors 0 to 2, which may be the client."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # one that was closed would become a listener, and then get the log
         pass
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until stop_signal() takes it: a traceback could go to the client
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    protect_client()
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         patch_sockets()

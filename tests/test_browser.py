@@ -123,7 +123,7 @@ def ask(proxy: StatusProxy, times: int) -> int:
 def test_a_service_goes_down_and_returns_before_ones_eyes(browser: Browser) -> None:
     with stubs(echo, echo) as (a, b), StatusProxy('-s', a.service, '-s', b.service) as proxy:
         browser.open(proxy.url)
-        browser.sees('All 2 services are up (2 not asked yet).')
+        browser.sees('All 2 services are up.')
         browser.run('window.loaded_once = true')
         row = browser.driver.find_elements(By.CSS_SELECTOR, '#services tr')[1]
         ask(proxy, 10)

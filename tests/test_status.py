@@ -55,7 +55,7 @@ def test_the_counts_are_those_of_the_requests() -> None:
         with StatusProxy('-s', a.service + '::3', '-s', b.service + ':::7:9', '-d', '451 later') as proxy:
             before = proxy.data()
             assert (before['version'], before['requests']) == (1, 0)
-            assert [service['why'] for service in before['services']] == ['not asked yet'] * 2
+            assert [service['why'] for service in before['services']] == ['never down'] * 2
             assert [service['share'] for service in before['services']] == [None, None]
             ask(proxy, 40)
             with proxy.client() as client:
@@ -91,7 +91,7 @@ def test_the_history_counts_each_step() -> None:
 
 def test_the_headline_tells_which_since_when_why_and_what_it_cost() -> None:
     with stubs(echo, echo) as (a, b), StatusProxy('-s', a.service, '-s', b.service) as proxy:
-        assert proxy.data()['headline'] == {'level': 'ok', 'text': 'All 2 services are up (2 not asked yet).'}
+        assert proxy.data()['headline'] == {'level': 'ok', 'text': 'All 2 services are up.'}
         ask(proxy, 4)
         b.stop()
         proxy.logged('[B] (' + b.service[2:] + ') is down: ')
