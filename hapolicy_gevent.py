@@ -465,7 +465,7 @@ def parse_address(text: str) -> tuple[Address, str]:
 
 
 class Settings:
-    """What a -s option and the options for all services say of one policy server, and what it was asked and answered."""
+    """What the options say of one policy server, and what it was asked and answered."""
 
     __slots__ = ('address', 'failures', 'fall', 'latency', 'max', 'name', 'prio', 'queries', 'stall', 'timeout',
                  'verdicts', 'weight')  # fmt: skip
