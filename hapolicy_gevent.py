@@ -2086,17 +2086,26 @@ class Proxy:
 
     def _query(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
         """Pass on the answer of one service; return its action. Raises ServiceFailure, ClientFault."""
-        pool = connection.pool
+        pool, service, timeout, retried = connection.pool, connection.pool.service, client.timeout, False
         try:
-            try:
-                action = self._ask(connection, request, client, deadline)
-            except Ended:
-                self.statistics.retries += 1
-                another = self.queue.retry(connection, client, deadline)
-                if another is None:
-                    raise
-                connection = another
-                action = self._ask(connection, request, client, deadline)
+            while True:
+                service.queries += 1
+                seconds, left = service.timeout, deadline - connection.since
+                if seconds > left:
+                    seconds = max(0.001, left)
+                if seconds != timeout.seconds:
+                    timeout.close()
+                    timeout = client.timeout = QueryTimeout(seconds)
+                connection.user = client.user
+                try:
+                    action = connection.ask(request, connection.since, timeout)
+                    break
+                except Ended:
+                    another = None if retried else self.queue.retry(connection, client, deadline)
+                    if another is None:
+                        raise
+                    connection, retried = another, True
+                    self.statistics.retries += 1
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
             now = time.monotonic()
             if isinstance(error, ClientFault):
@@ -2112,19 +2121,6 @@ class Proxy:
         # a client that had hung up may never read this: nothing more on that connection
         pool.answered(connection, action, not gone, now)
         return action
-
-    def _ask(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
-        """Return the action of one connection's answer, within the service's timeout. Raises ServiceFailure."""
-        service, now, timeout = connection.pool.service, connection.since, client.timeout
-        service.queries += 1
-        seconds, left = service.timeout, deadline - now
-        if seconds > left:
-            seconds = max(0.001, left)
-        if seconds != timeout.seconds:
-            timeout.close()
-            timeout = client.timeout = QueryTimeout(seconds)
-        connection.user = client.user
-        return connection.ask(request, now, timeout)
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,
                       tried: Sequence[Pool]) -> Decision:  # fmt: skip

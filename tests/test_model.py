@@ -36,6 +36,7 @@ from hapolicy_gevent import (
     Log,
     Pool,
     Proxy,
+    QueryTimeout,
     Queue,
     ServiceFailure,
     StreamSink,
@@ -76,6 +77,11 @@ class ModelConnection(Connection):
     def look(self) -> str:
         return ENDED if self.dead else ''
 
+    def ask(self, request: bytes, now: float, timeout: QueryTimeout | None = None) -> bytes:
+        """Stop the request until the model's server does something with it."""
+        assert timeout is not None and isinstance(self.pool.queue, ModelQueue)
+        return self.pool.queue.model.ask(self, timeout.seconds)
+
     def close(self) -> None:
         self.dead = True
 
@@ -89,6 +95,7 @@ class ModelClient(Client):
         self.instance, self.connection = b'', None
         self.asked, self.ended = 0.0, False
         self.answers: list[bytes] = []
+        self.timeout, self.user = QueryTimeout(5), getcurrent()
 
     def answer(self, action: bytes) -> None:
         self.answers.append(action)
@@ -113,15 +120,6 @@ class ModelQueue(Queue):
         super().hand_over(pool, now)
         served = [waiter.done for waiter in before]
         assert served == sorted(served, reverse=True), 'one that came later was served first'
-
-
-class ModelProxy(Proxy):
-    """Stops a request until the model's server does something with it."""
-
-    model: Model
-
-    def _ask(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
-        return self.model.ask(connection, client, deadline)
 
 
 class Request:
@@ -176,12 +174,12 @@ class Model(RuleBasedStateMachine):
         hapolicy_gevent.Queue, queue = ModelQueue, Queue  # type: ignore[misc]
         try:
             log = Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))
-            self.proxy = ModelProxy(services, b'default', b'failed', DEADLINE, log)
+            self.proxy = Proxy(services, b'default', b'failed', DEADLINE, log)
         finally:
             hapolicy_gevent.Queue = queue  # type: ignore[misc]
         self.queue = self.proxy.queue
         assert isinstance(self.queue, ModelQueue)
-        self.proxy.model = self.queue.model = self
+        self.queue.model = self
         self.pools = list(self.proxy.pools.values())
         for pool, kind in zip(self.pools, kinds, strict=False):
             pool.checker.spawn = lambda check: self  # type: ignore[method-assign]
@@ -201,7 +199,7 @@ class Model(RuleBasedStateMachine):
         request.ready, request.until = ready, until
         self.main.switch()
 
-    def ask(self, connection: Connection, client: Client, deadline: float) -> bytes:
+    def ask(self, connection: Connection, seconds: float) -> bytes:
         """Stop the request that runs until its server did something, or it is late."""
         request = next(each for each in self.requests if each.greenlet is getcurrent())
         pool = connection.pool
@@ -213,7 +211,7 @@ class Model(RuleBasedStateMachine):
         else:
             request.asked.append(pool)
             request.retried = False
-        until = min(self.clock.now + pool.service.timeout, deadline)
+        until = self.clock.now + seconds
         request.asking, request.outcome = (connection, until), None
         try:
             self.stop(lambda: request.outcome is not None, until)
