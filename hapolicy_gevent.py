@@ -1126,8 +1126,8 @@ CHECKED, SINGLE_USE, SAYS_MORE, UNCHECKED = 'checked', 'single use', 'says more'
 class Connection(Wire):
     """A connection to a server: it decides what is an answer. One request at a time."""
 
-    __slots__ = ('_data', 'carried', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'silent_at', 'since', 'spent',
-                 'surplus', 'used')  # fmt: skip
+    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'silent_at', 'since', 'spent', 'surplus',
+                 'used')  # fmt: skip
 
     def __init__(self, pool: Pool, now: float) -> None:
         """Make one that is not open yet: the first ask() opens it."""
@@ -1135,7 +1135,7 @@ class Connection(Wire):
         self.since = self.idle_since = now  # when its last request was sent, and when it was answered
         self.expires = now + MAX_AGE
         self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
-        self.used = self.carried = False  # it answered something; it answered mail
+        self.used = False  # it answered something, its check at least
         self.spent = self.surplus = False  # not to be used again; as more than an answer came
         self.holder: Client | None = None  # whose message was answered by it last, and may ask more
         #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: it may be taken again before the
@@ -1161,7 +1161,7 @@ class Connection(Wire):
 
     def ask(self, request: bytes, now: float, timeout: QueryTimeout | None = None) -> bytes:
         """Send a request and return the action of its answer, within a timeout. Raises ServiceFailure."""
-        again = self.carried or self.pool.use is SINGLE_USE or (self.used and now - self.idle_since > QUIET)
+        again = self.used or self.pool.use is SINGLE_USE
         if self.poll is not None:
             self._see_silence(now)
         self._data, sent = b'', False
@@ -1634,7 +1634,7 @@ class Pool:
         service.answered(action, connection.since, current, now)
         if (current and reuse and not connection.spent and self.use in (CHECKED, UNCHECKED)
                 and now > self.once_until and not (self.wanting and self._gives_up(now))):  # fmt: skip
-            connection.idle_since, connection.carried = now, True
+            connection.idle_since = now
             if connection.holder is None:
                 self.idle.append(connection)
             else:

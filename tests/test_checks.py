@@ -71,7 +71,7 @@ def timed(work: object) -> float:
 @pytest.mark.parametrize('takes', [0.005, 0.05, 0.5])
 def test_one_prefork_server_with_fewer_children_than_clients_answers_every_request(takes: float) -> None:
     children, clients = 5, 30
-    requests = 3 if takes > 0.1 else 20
+    requests = 2 if takes > 0.1 else 20
     with Prefork(children, slow(takes)) as a, ProxyProcess('-s', a.service) as proxy:
         seconds = timed(lambda: set(ask_all(proxy, clients, requests)) == {'A'} or pytest.fail('a default'))
         needed = takes * clients * requests / children
@@ -120,8 +120,7 @@ def test_a_server_that_ends_connections_beyond_its_limit_is_used_up_to_it(end: o
         assert proxy.log.count('is full: it serves 5 connections') <= 1
 
 
-@pytest.mark.parametrize('end', [socket.socket.close, reset])
-@pytest.mark.parametrize('when', ['accept', 'first bytes', 'request'])
+@pytest.mark.parametrize(('when', 'end'), [('accept', reset), ('first bytes', socket.socket.close), ('request', reset)])
 def test_a_server_that_ends_one_in_ten_new_connections_stays_up(when: str, end: object) -> None:
     with OneInTen(when, end) as a, ProxyProcess('-s', a.service) as proxy:  # type: ignore[arg-type]
         for _ in range(2):
@@ -324,8 +323,9 @@ def test_a_server_that_ends_connections_after_answers_costs_no_default(kind: str
         assert 'is down' not in proxy.log
 
 
-@pytest.mark.parametrize('end', [socket.socket.close, reset])
-@pytest.mark.parametrize('seconds', [0.01, 0.06, 1])
+@pytest.mark.parametrize(
+    ('seconds', 'end'), [(0.01, reset), (0.06, socket.socket.close), (0.06, reset), (1, socket.socket.close)]
+)
 def test_a_server_that_closes_idle_connections_costs_no_default(seconds: float, end: object) -> None:
     with ClosesIdle(seconds, end) as a, ProxyProcess('-s', a.service) as proxy:  # type: ignore[arg-type]
 
@@ -472,7 +472,7 @@ def test_i2_a_server_that_always_answers_twice_gives_nobody_anothers_verdict(pau
 
 
 @pytest.mark.parametrize('maximum', ['1', ''])
-@pytest.mark.parametrize('pause', [0, 0.0005, 0.01])
+@pytest.mark.parametrize('pause', [0, 0.01])
 def test_i2_a_server_that_answers_twice_now_and_then_is_found_out_at_the_first_time(pause: float, maximum: str) -> None:
     count = iter(range(10**9))
     with stubs(checked(twice(pause, lambda peer: next(count) % 5 == 4))) as (a,):

@@ -13,7 +13,7 @@ import pytest
 from tests.support import ROOT
 
 #: The tests that run it as a process, and need no server of Debian's.
-LIVE = ('misbehaving', 'proxy', 'logging', 'check_services')
+LIVE = ('misbehaving', 'check_services')
 START = """
 import sys
 sys.path.insert(0, {!r})

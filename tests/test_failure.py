@@ -38,7 +38,7 @@ from tests.support import (
     wait_until,
 )
 
-SOAK_SECONDS = float(os.environ.get('HAPOLICY_TEST_SOAK', '60'))
+SOAK_SECONDS = float(os.environ.get('HAPOLICY_TEST_SOAK', '30'))
 
 class Load:
     """Clients that ask one request after another, each answer checked to be its own (I2), until told to stop."""

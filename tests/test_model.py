@@ -302,7 +302,7 @@ class Model(RuleBasedStateMachine):
     def serve_mail(self, kind: str, request: Request) -> None:
         assert request.asking is not None
         connection = request.asking[0]
-        again = connection.carried
+        again = connection.used
         if kind is DEAD:
             request.outcome = (Ended if again else ServiceFailure)(DROPPED, 'ended')
         elif kind == 'hangs up on mail':
