@@ -175,9 +175,10 @@ class Postfix:
 
     @property
     def complaints(self) -> list[str]:
-        """Warnings and worse of its log, but for those that header_checks was told to give, and of the machine's clock."""
+        """Warnings and worse of its log, but for those that header_checks was told to give, and of the clock."""
         lines = re.findall(r'.*: (?:warning|error|fatal|panic): .*', self.log)
-        return [line for line in lines if not re.search(r'warning: (header X-|file system clock|resetting file time)', line)]
+        expected = r'warning: (header X-|file system clock|resetting file time)'
+        return [line for line in lines if not re.search(expected, line)]
 
     def headers(self, name: str) -> list[str]:
         """Return the headers of that name that any mail had, as logged."""
