@@ -2660,13 +2660,15 @@ def complain(text: str) -> None:
 
 
 def make_log(options: Options, server: bool) -> Log:
-    """Return the log as asked for; neither stdout nor stderr are used where they are the client."""
+    """Return the log as asked for, with our errors; stdout and stderr are not used where they are the client."""
     sink: StreamSink | SyslogSink
     if options.stdout and (server or not is_client(1)):
         sink = StreamSink(1)
     else:
         sink = SyslogSink(StreamSink(2) if server or os.isatty(2) else None)
-    return Log(sink, options.logging, options.verbose)
+    log = Log(sink, options.logging, options.verbose)
+    report_errors(log)
+    return log
 
 
 def report_errors(log: Log) -> None:
@@ -2990,7 +2992,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     listeners += opened
     stop = stop_signal()
     log = make_log(options, bool(listeners))
-    report_errors(log)
     limit_timeouts(options.services, options.deadline, log)
     proxy = Proxy(options.services, options.default, options.failed, options.deadline, log, checked=bool(listeners))
     if status is not None:
