@@ -1340,9 +1340,11 @@ class Checker:
 
     def _pauses(self, now: float) -> bool:
         """Tell whether it is too early for another check, as one failed."""
-        seconds = BACKOFF_FIRST
-        if self.pool.service.state is DOWN:
-            seconds = self._backoff * JITTER if self.pool.queue.balancer.up else min(BACKOFF_FIRST, self._backoff / 10)
+        seconds, service = BACKOFF_FIRST, self.pool.service
+        if service.state is DOWN and self.pool.queue.balancer.up:
+            seconds = self._backoff * JITTER
+        elif service.state is DOWN and now - service.since < 2 * BACKOFF_FIRST:
+            seconds = BACKOFF_FIRST / 5  # no service is up, and a restart takes no longer
         return now < self._failed_at + seconds
 
     def growing(self, now: float) -> bool:
@@ -1458,7 +1460,8 @@ class Checker:
         """Take the service down, or leave it down: the next check is twice as far."""
         self.reason, self._failed_at = reason, now
         if self.pool.service.state is DOWN:
-            self._backoff = min(BACKOFF_LAST, self._backoff * 2)
+            if self.pool.queue.balancer.up:
+                self._backoff = min(BACKOFF_LAST, self._backoff * 2)
             self.pool.queue.balancer.update()
         else:
             self.pool.service.turn(DOWN, f'its check: {reason}, {text}', now)
