@@ -101,16 +101,8 @@ class Prefork(PolicyServerStub):
         for _ in range(self._children - 1):  # the first is super's
             threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError:
-                return
-            self.accepted += 1
-            peer = Peer(sock, self)
-            self.peers.append(peer)
-            self._serve(peer)
+    def _begin(self, peer: Peer) -> None:
+        self._serve(peer)
 
 
 class FewAtATime(PolicyServerStub):

@@ -222,7 +222,10 @@ class PolicyServerStub:
             self.accepted += 1
             peer = Peer(sock, self)
             self.peers.append(peer)
-            threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
+            self._begin(peer)
+
+    def _begin(self, peer: Peer) -> None:
+        threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
 
     def _serve(self, peer: Peer) -> None:
         buffer = b''
