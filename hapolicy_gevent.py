@@ -137,16 +137,18 @@ MAX_AGE = 1000.0
 GIVE_UP = 2.0
 #: Seconds a connection waits for the lookup of its service's name before it takes the address of last time, and for one
 #: that is under way when it cannot connect there.
-LOOKUP, LOOKUP_LAST = 0.1, 1.0
+LOOKUP, LOOKUP_MAX = 0.1, 1.0
 
 #: Seconds between looks at the checks that run.
 TICK = 0.1
-#: Seconds for which a check is not answered while requests that were sent later are: the service is full.
+#: Seconds by which a request that was answered was sent later than a check that is not: the service is full.
 UNANSWERED = 1.0
 #: Seconds without any answer after which a service is checked, and its last idle connection closed.
 UNHEARD = 30.0
-#: Seconds between checks of a service that is down: doubling from the first to the second; the first where none is up.
-BACKOFF_FIRST, BACKOFF_LAST = 1.0, 30.0
+#: Seconds between checks of a service that is full or has no connection, or is down where none is up, at most.
+PAUSE = 1.0
+#: Seconds between checks of a service that is down, from the first to the most: doubled by each that fails.
+BACKOFF_FIRST, BACKOFF_MAX = 0.5, 30.0
 #: From 0.8 to 1.2: proxies that saw one server die are not to check it together.
 JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
 #: Mails at once for a service on trial, where no service is up; and seconds for which others wait for their answer.
@@ -506,15 +508,16 @@ class Service(Settings):
     another service that is up: what a stranger can send is no proof.
     """
 
-    __slots__ = ('answered_at', 'blamed', 'changed', 'checked_at', 'in_a_row', 'newest', 'since', 'state', 'why')
+    __slots__ = ('answered_at', 'blamed', 'changed', 'checked_at', 'failed_at', 'in_a_row', 'late_in_a_row', 'newest',
+                 'since', 'state', 'why')  # fmt: skip
 
-    def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
-                 timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
-        super().__init__(name, address, prio, weight, timeout, maximum)
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
         self.state, self.since, self.why = UP, 0.0, 'never down'
         self.blamed = False  # mail took it down, or put it on trial: it stays on trial until mail is answered
-        self.in_a_row: deque[str] = deque(maxlen=1000)  # why mails failed since the last that was answered
-        self.answered_at = self.checked_at = 0.0  # the last answer to a mail, and to a check (monotonic seconds)
+        self.in_a_row = self.late_in_a_row = 0  # mails that failed since one was answered; and the late
+        # when a mail was answered last, a check was, and a mail failed (monotonic seconds)
+        self.answered_at = self.checked_at = self.failed_at = 0.0
         self.newest = 0.0  # when the youngest request was sent that was answered
         self.changed: Callable[[Service, str, float], None] = lambda service, text, now: None
 
@@ -542,7 +545,7 @@ class Service(Settings):
             if since > self.newest:
                 self.newest = since
             if self.in_a_row:
-                self.in_a_row.clear()
+                self.in_a_row = self.late_in_a_row = 0
             if self.state is not UP:
                 self.blamed = False
                 self.turn(UP, 'mail was answered', now)
@@ -553,18 +556,17 @@ class Service(Settings):
         A late answer says nothing if a mail that was sent meanwhile was answered, or could not be sent: strangers'
         slow messages may hold every place. The last service that is up is never taken down by mail.
         """
-        late = reason is LATE
+        self.failed_at, late = now, reason is LATE
         if self.state is DOWN or reason not in JUDGED or (late and (self.answered_at > since or (alone and crowded))):
             return
-        self.in_a_row.append(reason)
-        last = list(self.in_a_row)[-self.fall :]
-        fallen = len(last) == self.fall
+        self.in_a_row += 1
+        self.late_in_a_row = self.late_in_a_row + 1 if late else 0
         if reason in (REFUSED, UNREACHABLE):
             self.turn(DOWN, reason, now)
-        elif not alone and (fallen or self.state is TRIAL):
+        elif not alone and (self.in_a_row >= self.fall or self.state is TRIAL):
             self.blamed = True
-            self.turn(DOWN, f'mail failed {len(self.in_a_row)} times in a row, the last: {reason}', now)
-        elif alone and self.state is UP and fallen and all(each is LATE for each in last):
+            self.turn(DOWN, f'mail failed {self.in_a_row} times in a row, the last: {reason}', now)
+        elif alone and self.state is UP and self.late_in_a_row >= self.fall:
             self.blamed = True
             self.turn(TRIAL, f'{self.fall} mails in a row had no answer in time, but its check has one', now)
 
@@ -575,8 +577,7 @@ class Service(Settings):
             self.since = now
         if state is not TRIAL or self.state is UP:
             self.why = why
-        self.state = state
-        self.in_a_row.clear()
+        self.state, self.in_a_row, self.late_in_a_row = state, 0, 0
         self.changed(self, f'[{self.name}] ({self.where}) is {state}: {why}{lasted}', now)
 
 
@@ -911,7 +912,7 @@ class Log:
 
 
 # ---------------------------------------------------------------------------
-# Connections and pool
+# Connections, checks and the queue
 # ---------------------------------------------------------------------------
 
 
@@ -952,13 +953,10 @@ class Wire:
         """Called in the hub when there is something to receive and nobody waits: must not block."""
         raise NotImplementedError
 
-    def wait(self) -> None:
-        """Sleep until there is something to receive."""
-        self._waits = True
-        try:
-            SWITCH_TO(self._hub)
-        finally:
-            self._waits = False
+    def watch(self) -> None:
+        """Go on to see what is there to receive, after unexpected() stopped that."""
+        if not self._watcher.active:
+            self._watcher.start(self._readable)
 
     def receive(self) -> bytes | None:
         """Sleep until there is something to receive; return it, b'' at the end, None if woken for nothing.
@@ -1003,28 +1001,20 @@ class Wire:
 def connect(family: int, where: Any, seconds: float = CONNECT_TIMEOUT) -> socket.socket:
     """Return a socket connected to a path, or to the numbers of an address, within so many seconds. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.settimeout(0 if family == socket.AF_UNIX else seconds)
+    give_up = time.monotonic() + seconds
     try:
-        if family == socket.AF_UNIX:
-            _connect_unix(sock, where)
-        else:
-            sock.settimeout(seconds)
-            sock.connect(where)
+        while True:
+            try:
+                sock.connect(where)
+                return sock
+            except BlockingIOError:  # the backlog of a unix socket is full, and no event tells when it no longer is
+                if time.monotonic() > give_up:
+                    raise TimeoutError('timed out') from None
+            gevent.sleep(0.01)
     except BaseException:
         sock.close()
         raise
-    return sock
-
-
-def _connect_unix(sock: socket.socket, path: str) -> None:
-    sock.setblocking(False)
-    give_up = time.monotonic() + CONNECT_TIMEOUT
-    while True:
-        try:
-            return sock.connect(path)
-        except BlockingIOError:  # the backlog is full, and no event tells when it no longer is
-            if time.monotonic() > give_up:
-                raise TimeoutError('timed out') from None
-            gevent.sleep(0.01)
 
 
 def connect_failure(error: OSError, family: int) -> ServiceFailure:
@@ -1052,7 +1042,7 @@ def connector(address: Address, seconds: float, report: Callable[[str], None]) -
 class HostName:
     """The name in a service's address: looked up anew for each connection; while that fails, what it was last.
 
-    A connection waits LOOKUP for it; if it then cannot be made, LOOKUP_LAST, as the name may have moved. One lookup at
+    A connection waits LOOKUP for it; if it then cannot be made, LOOKUP_MAX, as the name may have moved. One lookup at
     a time: a name server that hangs keeps one of gevent's threads busy for each name, not all.
     """
 
@@ -1061,7 +1051,6 @@ class HostName:
         self._known: list[tuple[int, Any]] = []  # families and socket addresses
         self._failed: set[tuple[int, Any]] = set()  # not connected to when last tried: asked last
         self._trouble = ''
-        self._began = 0.0  # the lookup (monotonic seconds)
         self._lookup: gevent.Greenlet[..., None] | None = None
 
     def _look_up(self) -> None:
@@ -1079,19 +1068,19 @@ class HostName:
     def connect(self) -> socket.socket:
         """Return a socket connected to the first address that takes it. Raises OSError."""
         if self._lookup is None or self._lookup.ready():
-            self._lookup, self._began = gevent.spawn(self._look_up), time.monotonic()
-        self._lookup.join(max(0.0, self._began + LOOKUP - time.monotonic()) if self._known else None)
+            self._lookup = gevent.spawn(self._look_up)
+        self._lookup.join(LOOKUP if self._known else LOOKUP_MAX)
         known = self._known
         try:
             return self._connect(known)
         except OSError:
-            self._lookup.join(LOOKUP_LAST)
+            self._lookup.join(LOOKUP_MAX)
             if set(self._known) == set(known):
                 raise
             return self._connect(self._known)  # it has moved
 
     def _connect(self, known: Sequence[tuple[int, Any]]) -> socket.socket:
-        failure = None if known else OSError(errno.EHOSTUNREACH, self._trouble)
+        failure = None if known else OSError(errno.EHOSTUNREACH, self._trouble or 'the name is not looked up in time')
         for address in sorted(known, key=self._failed.__contains__):
             try:
                 sock = connect(*address, self._seconds / len(known))
@@ -1118,9 +1107,9 @@ CHECK = (b'request=smtpd_access_policy\nprotocol_state=CONNECT\nprotocol_name=SM
          b'encryption_keysize=0\ntls_sni=\npolicy_context=\ncompatibility_level=3.6\nmail_version=3.12\n\n')
 #: What may come behind an answer: the end of the connection, or more bytes.
 ENDED, SURPLUS = 'ended', 'surplus'
-#: How the connections of a service are used: again if they passed a check; once each, without a check, if the service
-#: ends them or says more; or again without a check, where there are none or the service answers mail alone.
-CHECKED, SINGLE_USE, SAYS_MORE, UNCHECKED = 'checked', 'single use', 'says more', 'unchecked'
+#: How the connections of a service are used: again, if they passed a check; once each and without a check, if the
+#: service ends them behind a check; or again without a check, where there are none or the service answers mail alone.
+CHECKED, SINGLE_USE, UNCHECKED = 'checked', 'single use', 'unchecked'
 
 
 class Connection(Wire):
@@ -1132,6 +1121,10 @@ class Connection(Wire):
     def __init__(self, pool: Pool, now: float) -> None:
         """Make one that is not open yet: the first ask() opens it."""
         self.pool = pool
+        self.begin(now)
+
+    def begin(self, now: float) -> None:
+        """Begin, or begin anew."""
         self.since = self.idle_since = now  # when its last request was sent, and when it was answered
         self.expires = now + MAX_AGE
         self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
@@ -1156,13 +1149,12 @@ class Connection(Wire):
         poller.register(sock.fileno(), select.POLLIN | select.POLLRDHUP)
         self.poll = poller.poll
         pool.trace('Connection established to')
-        if pool.use is SAYS_MORE and (said := self.listen(QUIET)):
+        if pool.use is SINGLE_USE and time.monotonic() < pool.once_until and (said := self.listen(QUIET)):
             raise ServiceFailure(DROPPED if said is ENDED else INVALID, 'it hung up, or spoke, before it was asked')
 
     def ask(self, request: bytes, now: float, timeout: QueryTimeout | None = None) -> bytes:
         """Send a request and return the action of its answer, within a timeout. Raises ServiceFailure."""
-        again = self.used or self.pool.use is SINGLE_USE
-        if self.poll is not None:
+        if self.used:
             self._see_silence(now)
         self._data, sent = b'', False
         if timeout is not None:
@@ -1191,6 +1183,7 @@ class Connection(Wire):
                 timeout.stop()
         self.spent = True
         if not self._data:
+            again = self.used or self.pool.use is SINGLE_USE
             raise (Ended if again else ServiceFailure)(DROPPED, 'it hung up without an answer')
         return self._parse(closed=True) or b''
 
@@ -1203,12 +1196,12 @@ class Connection(Wire):
         idle = now - self.idle_since
         if not self._watcher.active:  # something came after the pool had looked
             raise Ended(DROPPED, 'it was not silent before its use')
-        if idle >= QUIET:
-            self.silent_at = now
-        elif now - self.silent_at > REST_AFTER and self.used:
+        if idle < QUIET:
+            if now - self.silent_at <= REST_AFTER:
+                return
             if self.listen(QUIET - idle):
                 raise Ended(DROPPED, 'it was not silent between two requests')
-            self.silent_at = now
+        self.silent_at = now
 
     def _after_timeout(self, timeout: QueryTimeout, sent: bool) -> bytes:
         """Return the action if a whole answer has come while we did not run. Raises ServiceFailure."""
@@ -1241,16 +1234,32 @@ class Connection(Wire):
         self.used, self.spent = True, self.spent or self.surplus
         return action
 
-    def check(self) -> tuple[str, bytes]:
+    def check(self, timeout: QueryTimeout | None = None) -> tuple[str, bytes]:
         """Ask our own question; return what came behind the answer, as look() does, and the action.
 
         Raises ServiceFailure.
         """
-        action = self.ask(CHECK, time.monotonic())
+        action = self.ask(CHECK, time.monotonic(), timeout)
         self.pool.service.check_answered(self.since, time.monotonic())
         if self.spent:
             return (SURPLUS if self.surplus else ENDED), action
         return self.listen(QUIET), action
+
+    def renew(self, timeout: QueryTimeout) -> None:
+        """Open anew, for a request that is to be sent again, and check that. Raises ServiceFailure.
+
+        Twice, as one that ends proves nothing.
+        """
+        for last in (False, True):
+            self.close()
+            self.begin(time.monotonic())
+            try:
+                if self.pool.unchecked or not self.check(timeout)[0]:
+                    return
+            except ServiceFailure:
+                if last:
+                    raise
+        raise ServiceFailure(DROPPED, 'it ended behind the answer to its check')
 
     def look(self) -> str:
         """Return what came that nobody asked for: ENDED, SURPLUS, or '' for nothing, or for empty lines."""
@@ -1266,11 +1275,9 @@ class Connection(Wire):
 
     def listen(self, seconds: float) -> str:
         """Return what came within so many seconds, as look() does."""
-        said = ''
-        with gevent.Timeout(seconds, False):  # type: ignore[arg-type]
-            while not (said := self.look()):
-                self.wait()
-        return said or self.look()
+        gevent.sleep(seconds)
+        self.watch()
+        return self.look()
 
     def ended(self) -> bool:
         """Tell whether the server has ended it, whatever is there to receive before that."""
@@ -1279,14 +1286,13 @@ class Connection(Wire):
 
     def unexpected(self) -> None:
         if self not in self.pool.idle and self not in self.pool.held:
-            self._watcher.stop()  # still sending
+            self._watcher.stop()  # it is busy, and still sends
         elif said := self.look():
             self.pool.drop(self, said)
 
     def send_slowly(self, data: bytes) -> None:
         super().send_slowly(data)
-        if not self._watcher.active:
-            self._watcher.start(self._readable)  # for ask() to receive it
+        self.watch()  # for ask() to receive what came meanwhile
 
     def close(self) -> None:
         if self.poll is not None:
@@ -1318,74 +1324,81 @@ class Checker:
     for QUIET: the connection joins the pool. No mail waits on a check that is not answered, so many may run at once.
 
     A service is *full* when it serves some connections and lets a further check wait, or ends it: a prefork server
-    whose children are all taken, or a limit. Then one check at a time is made. Full is not down, and ends when more
-    connections are served than then.
+    whose children are all taken, or a limit. Then one check at a time is made, and twice as many after each that
+    passes. Full is not down.
     """
 
     def __init__(self, pool: Pool, enabled: bool) -> None:
         self.pool, self.enabled = pool, enabled
         self.running: dict[Connection, Any] = {}  # each check and its greenlet
-        self.wanted = 0.0 if enabled else math.inf  # when a check is due that no request waits for (monotonic seconds)
-        self.full = 0  # connections that were served when a further one was not
+        self.at_once = pool.service.max  # checks at once: fewer while the service is full
         self.reason = ''  # why the last check failed
-        self.late: Connection | None = None  # a check that had no answer in time, and is left waiting
-        self._failed_at, self._backoff = -math.inf, BACKOFF_FIRST
-        self._began = -math.inf  # the last check
-        self._overtaken: tuple[Connection, float] | None = None  # a check that later requests overtook, and since when
-        self._doubted = 0  # checks failed while no connection is open: 1, others run; 2, one more was begun
+        self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
+        self._began = self._failed_at = -math.inf  # the last check, and the last one that failed (monotonic seconds)
+        self._in_a_row = 0  # checks since one passed that failed, or ended behind their answer: one proves nothing
+
+    @property
+    def full(self) -> bool:
+        """Whether the service serves some connections, but no more."""
+        return self.at_once < self.pool.service.max
 
     def spawn(self, check: Connection) -> Any:
         """Run a check in a greenlet of its own."""
         return gevent.spawn(self._run, check)
 
-    def _pauses(self, now: float) -> bool:
-        """Tell whether it is too early for another check, as one failed."""
-        seconds, service = BACKOFF_FIRST, self.pool.service
-        if service.state is DOWN and self.pool.queue.balancer.up:
-            seconds = self._backoff * JITTER
-        elif service.state is DOWN and now - service.since < 2 * BACKOFF_FIRST:
-            seconds = BACKOFF_FIRST / 5  # no service is up, and a restart takes no longer
-        return now < self._failed_at + seconds
-
     def growing(self, now: float) -> bool:
         """Tell whether a request that waits a moment may expect a new connection."""
-        if self.full or self._doubted or not self.enabled or self._pauses(now):
+        if not self.enabled or self._in_a_row or self._pauses(now):
             return False
-        if self.running:
-            return now - next(iter(self.running)).since < PATIENCE
-        return self.pool.room > 0
+        if self.running and (self.full or now - next(iter(self.running)).since > PATIENCE):
+            return False
+        return self.pool.room > 0 or bool(self.running)
 
-    def want(self, now: float, soon: bool = True) -> None:
-        """Ask for a check although no request waits for one: if it is not to be soon, one a second."""
-        if self.enabled:
-            self.wanted = min(self.wanted, now if soon else max(now, self._began + BACKOFF_FIRST))
+    def _pauses(self, now: float) -> bool:
+        """Tell whether it is too early for a check: one failed, and the service is down, or serves what is open."""
+        down = self.pool.service.state is DOWN
+        seconds = self._backoff_now() * JITTER if down else PAUSE if self.pool.open else 0
+        return now < self._failed_at + seconds
 
-    def grow(self, now: float) -> None:
-        """Start the checks that are due: as many as requests wait for; one where the service is down or full.
+    def _backoff_now(self) -> float:
+        return self.backoff if self.pool.queue.balancer.up else min(self.backoff, PAUSE)
+
+    def _due(self, now: float) -> bool:
+        """Tell whether a check is due that no request waits for."""
+        pool, service, ago = self.pool, self.pool.service, now - self._began
+        return (service.failed_at > self._began  # mail did, and the check is to tell why
+                or (ago > PAUSE and pool.use is CHECKED and not pool.open)
+                or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
+                or (ago > service.stall and pool.stalled(now)))  # fmt: skip
+
+    def grow(self, now: float, more: bool = False) -> None:
+        """Start the checks that are due: as many as requests wait for, or one more; one where the service is down.
 
         One more where they have been waiting for long: what one check met may be a worker that hangs.
         """
-        pool, number = self.pool, 0
-        waits = bool(self.running) and now - next(reversed(self.running)).since > UNANSWERED
-        if self._doubted == 1 or (self._doubted and not waits) or self._pauses(now):
+        pool, running = self.pool, len(self.running)
+        if self._pauses(now):
             return
         if pool.service.state is DOWN:
-            if self.running and self.late is None:
-                return
             if not self.enabled:
-                self._backoff = min(BACKOFF_LAST, self._backoff * 2)
+                self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
                 return pool.service.turn(TRIAL, 'mail may try it', now)
-            self.stop()  # the one that is late
+            if running and now - next(iter(self.running)).since < pool.service.timeout:
+                return
+            self.stop()
             number = 1
-        elif self.enabled:
-            wanted = len(self.running) + (now >= self.wanted or (waits and pool.wanting > 0))
-            number = max(pool.wanting if pool.use is CHECKED else 0, wanted)
-            number = min(number, 1 + waits) if self.full else number
+        elif not self.enabled or (self._in_a_row and running):
+            return  # those that run will tell
+        else:
+            waits = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
+            more = more or self._due(now) or (waits and pool.wanting > 0)
+            number = max(pool.wanting if pool.use is CHECKED else 0, running + more)
+            number = min(number, self.at_once + waits)
         for _ in range(min(number - len(self.running), pool.room)):
             self._start(now)
 
     def _start(self, now: float) -> None:
-        self.wanted, self._began = math.inf, now
+        self._began = now
         check = Connection(self.pool, now)
         self.running[check] = self.spawn(check)
 
@@ -1403,33 +1416,34 @@ class Checker:
             if kept not in self.pool.idle and kept not in self.pool.busy:
                 kept.close()
 
-    def stop(self, but: Connection | None = None) -> None:
-        """Close the checks that are running, but for one: they say nothing of the service now."""
-        for check in [check for check in self.running if check is not but]:
+    def stop(self, *but: Connection) -> None:
+        """Close the checks that are running, but for some: they say nothing of the service now."""
+        for check in [check for check in self.running if check not in but]:
             self.running.pop(check).kill(block=False)
-        self.late = self.late if self.late is but else None
 
     def passed(self, check: Connection, said: str, now: float) -> None:
         """Take in a connection whose check was answered; what it said after that decides how it is used."""
         if self.running.pop(check, None) is None:
             return
         pool = self.pool
-        self._failed_at, self._backoff, self._doubted = -math.inf, BACKOFF_FIRST, 0
-        self.reason, self.late = '', None
-        for other in [other for other in self.running if check.since - other.since > UNANSWERED and not other.used]:
-            self.running.pop(other).kill(block=False)  # it waits for a worker that hangs
+        self._failed_at, self.backoff, self.reason = -math.inf, BACKOFF_FIRST, ''
+        self.at_once = min(2 * self.at_once, pool.service.max)
+        self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
+        self._in_a_row = self._in_a_row + 1 if said is ENDED else 0
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
-        use = SAYS_MORE if said is SURPLUS else SINGLE_USE if said is ENDED else CHECKED
-        if use is not pool.use and use is not CHECKED:
-            self.want(now, soon=False)  # it may have died in this moment
-        pool.use = use
-        pool.gave_up_at = min(pool.gave_up_at, now)
+        if not said:
+            pool.use = CHECKED
+        elif said is SURPLUS or self._in_a_row > 1:
+            pool.use = SINGLE_USE
+            self._in_a_row = 0
+        pool.give_up_at = min(pool.give_up_at, now + pool.give_up_pace)
         pool.service.check_passed(now)
-        if pool.use is CHECKED:
-            pool.admit(check, now)
-        if pool.open > self.full:
-            self.full = 0
+        if not said:
+            check.since = check.idle_since = check.silent_at = now
+            pool.idle.append(check)
+        elif self._in_a_row and not self.running:
+            self._start(now)
         pool.queue.hand_over(pool, now)
 
     def failed(self, check: Connection, failure: ServiceFailure, now: float) -> None:
@@ -1437,86 +1451,58 @@ class Checker:
         if self.running.pop(check, None) is None:
             return
         pool, service, reason = self.pool, self.pool.service, failure.reason
+        self._failed_at = now
         if reason not in JUDGED:  # a fault of ours
-            self._failed_at, self._doubted = now, 0
+            self._in_a_row = 0
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
-            self._down(reason, '', now)
+            self.reason = reason
+            if pool.queue.balancer.up:
+                self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
+            pool.queue.balancer.update()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
-            self._doubted = 0
-        elif (service.heard_at > check.since) if reason is LATE else pool.count_open():
+            self._in_a_row = 0
+        elif pool.count_open():
             self._limit(f'{reason}, {failure}', now)
             pool.queue.hand_over(pool, now)
-        elif self.running and self._doubted < 2 and reason is not LATE:
-            self._doubted = 1  # the others will tell
-        elif reason in (DROPPED, INVALID) and self._doubted < 2:
-            self._doubted = 2  # one hang-up proves nothing
-            self._start(now)
         else:
-            self._down(reason, str(failure), now)
+            self._in_a_row += 1
+            if reason in (DROPPED, INVALID) and self._in_a_row == 1 and not self.running:
+                self._start(now)
+            elif not self.running or reason in (REFUSED, UNREACHABLE):
+                self._down(reason, str(failure), now)
 
     def _down(self, reason: str, text: str, now: float) -> None:
-        """Take the service down, or leave it down: the next check is twice as far."""
-        self.reason, self._failed_at = reason, now
-        if self.pool.service.state is DOWN:
-            if self.pool.queue.balancer.up:
-                self._backoff = min(BACKOFF_LAST, self._backoff * 2)
-            self.pool.queue.balancer.update()
-        else:
-            self.pool.service.turn(DOWN, f'its check: {reason}, {text}', now)
+        self.reason = reason
+        self.pool.service.turn(DOWN, f'its check: {reason}, {text}', now)
 
     def reset(self, now: float) -> None:
-        """Start anew, as the service went down."""
-        self.stop(but=self.late)
-        self.full = self._doubted = 0
-        self._failed_at = now
-
-    def recovered(self) -> None:
-        """Check soon when the service goes down next: it is up."""
-        self._backoff = BACKOFF_FIRST
+        """Start anew, as the service went down: a check that began before says nothing of it."""
+        self.stop()
+        self.at_once, self._in_a_row, self._failed_at = self.pool.service.max, 0, now
 
     def _limit(self, why: str, now: float) -> None:
         """Note that no more connections are served than are open."""
-        self._failed_at, self._doubted = now, 0
-        if not self.full:
-            self.full = max(1, self.pool.open)
-            self.pool.gave_up_at = min(self.pool.gave_up_at, now - GIVE_UP)
-            self.pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
-                             f' set its max to {self.full}, or give it more workers')  # fmt: skip
+        if not self.full and self.pool.service.max > 1:
+            number = max(1, self.pool.open)
+            self.pool.report(f'is full: it serves {number} connections, and a further one had: {why}. If that lasts,'
+                             f' set its max to {number}, or give it more workers')  # fmt: skip
+        self.at_once, self._in_a_row = 1, 0
 
     def watch(self, now: float) -> None:
         """Judge the checks that are not answered, and start those that are due."""
         service = self.pool.service
-        for check in list(self.running):
-            if check.used or check is self.late or (check.poll is not None and check.poll(0)):
-                continue  # answered, or about to be
-            if now - check.since > service.timeout:
-                self._too_late(check, now)
-            elif service.newest > check.since and service.state is not DOWN and not self.full:
-                self._wait_for(check, now)
-        quiet = now - max(service.heard_at, self._began)
-        if quiet > UNHEARD or (quiet > service.stall and self.pool.stalled(now)):
-            self.want(now)
+        check = next((check for check in self.running if not check.used), None)  # the eldest
+        if check is not None and service.state is not DOWN and not (check.poll is not None and check.poll(0)):
+            late = now - check.since > service.timeout
+            overtaken = service.newest - check.since > UNANSWERED and (not self.full or len(self.running) > 2)
+            if late and service.heard_at <= check.since:
+                self._down(LATE, f'no answer within {service.timeout:g}s', now)
+            elif late or overtaken:
+                self._limit(f'no answer for {now - check.since:.1f}s', now)
+                self.stop(*() if late else (check,))
         self.grow(now)
-
-    def _wait_for(self, check: Connection, now: float) -> None:
-        """Find the service full, if a check is not answered although for long now later requests are."""
-        if self._overtaken is None or self._overtaken[0] not in self.running:
-            self._overtaken = check, now
-        elif now - self._overtaken[1] > UNANSWERED:
-            self._limit(f'no answer for {now - check.since:.1f}s', now)
-            self.stop(but=check)
-
-    def _too_late(self, check: Connection, now: float) -> None:
-        text = f'no answer within {self.pool.service.timeout:g}s'
-        if self.pool.service.heard_at > check.since:  # it answers others
-            self._limit(text, now)
-            self.stop()
-            self.want(now)
-        else:  # it goes on waiting: a server that was stopped answers it when it goes on
-            self.late = check
-            self._down(LATE, text, now)
 
 
 class Pool:
@@ -1535,7 +1521,7 @@ class Pool:
         self.idle: list[Connection] = []  # the most recently used last
         self.held: dict[Connection, None] = {}  # the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
-        self.gave_up_at = time.monotonic()  # when a connection was last given up, inf until a check passes
+        self.give_up_at = math.inf  # when a connection is given up: not before a check passed since the last
         self.once_until = 0.0  # until when each connection carries one mail, as the server said more than an answer
         #: Returns a socket connected to the service. Raises OSError.
         self.connect = connector(service.address, min(CONNECT_TIMEOUT, service.timeout), self.report)
@@ -1555,6 +1541,11 @@ class Pool:
     def unchecked(self) -> bool:
         """Whether mail rides on connections that were not checked: see Balancer.update() for one that is down."""
         return self.use is not CHECKED or self.service.state is DOWN
+
+    @property
+    def give_up_pace(self) -> float:
+        """Seconds between two connections that are given up."""
+        return max(GIVE_UP, 10 * self.service.latency.mean)
 
     def count_open(self) -> int:
         """Return how many connections are open, after a look for those that have ended."""
@@ -1587,7 +1578,7 @@ class Pool:
             return False
         return now - next(iter(self.busy)).since > service.stall
 
-    def take(self, client: Client, now: float, held: bool = True) -> Connection | None:
+    def take(self, client: Client, now: float) -> Connection | None:
         """Return a silent connection, busy from now on; None if there is none.
 
         The one that answered the client's message last, or the most recently used one that no message holds, or the
@@ -1600,7 +1591,7 @@ class Pool:
                 del self.held[own]
             elif self.idle:
                 connection = self.idle.pop()
-            elif held and self.held:
+            elif self.held:
                 connection = next(iter(self.held))
                 del self.held[connection]
                 short = now - connection.idle_since < HOLD and len(self.checker.running) <= len(self.held) < MAX_IDLE
@@ -1614,19 +1605,9 @@ class Pool:
             connection.since = now
             self.busy[connection] = None
             if short:
-                self.checker.want(now)
-                self.checker.grow(now)
+                self.checker.grow(now, more=True)
             return connection
         return None
-
-    def admit(self, connection: Connection, now: float) -> None:
-        """Take in a connection that has just passed its check: for a request that is sent again, or for any."""
-        connection.since = connection.idle_since = connection.silent_at = now
-        if waiter := self.queue.next_retry(self):
-            self.busy[connection] = None
-            waiter.give(connection)
-        else:
-            self.idle.append(connection)
 
     def answered(self, connection: Connection, action: bytes, reuse: bool, now: float) -> None:
         """Take back a connection whose mail was answered; close it if it is not to be used again."""
@@ -1635,8 +1616,7 @@ class Pool:
             self.use = UNCHECKED
             self.report(f'fails its checks ({self.checker.reason}), but answers mail: it is used without checks')
         service.answered(action, connection.since, current, now)
-        if (current and reuse and not connection.spent and self.use in (CHECKED, UNCHECKED)
-                and now > self.once_until and not (self.wanting and self._gives_up(now))):  # fmt: skip
+        if current and reuse and not connection.spent and self.use is not SINGLE_USE and now > self.once_until:
             connection.idle_since = now
             if connection.holder is None:
                 self.idle.append(connection)
@@ -1656,7 +1636,7 @@ class Pool:
         if current:
             alone = self.queue.balancer.alone(service)
             service.mail_failed(failure.reason, connection.since, alone, self.wanting > 0, now)
-            self.checker.want(now)
+            self.checker.grow(now)
         self._end(connection, current, now)
 
     def give_back(self, connection: Connection, now: float, unused: bool = False) -> None:
@@ -1670,8 +1650,6 @@ class Pool:
     def _end(self, connection: Connection, current: bool, now: float) -> None:
         connection.close()
         if current:
-            if not self.open and self.use is CHECKED:
-                self.checker.want(now, soon=False)
             self.queue.hand_over(self, now)
 
     def let_go(self, connection: Connection, client: Client) -> None:
@@ -1681,21 +1659,11 @@ class Pool:
             if self.held.pop(connection, self) is None:
                 self.idle.append(connection)
 
-    def _gives_up(self, now: float) -> bool:
-        """Tell whether a connection is to be closed now, so that another user of the server has his turn."""
-        if (now - self.gave_up_at <= max(GIVE_UP, 10 * self.service.latency.mean)
-                or not self.checker.enabled or not self.open):  # fmt: skip
-            return False
-        self.gave_up_at = math.inf
-        return True
-
     def drop(self, connection: Connection, said: str) -> None:
         """Close an idle connection that ended, or said what nobody asked for."""
         self._close(connection)
         if said is SURPLUS:
             self.said_more('what nobody asked for', time.monotonic())
-        if not self.open and self.use is CHECKED:
-            self.checker.want(time.monotonic(), soon=False)
 
     def _close(self, *connections: Connection) -> None:
         for connection in connections:
@@ -1717,14 +1685,20 @@ class Pool:
         self.once_until = now + ONCE
 
     def prune(self, now: float) -> None:
-        """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker."""
-        for connection in [*self.idle, *self.held]:
-            if now - connection.idle_since >= (SPARE_IDLE if self.open > 1 else UNHEARD):
+        """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker.
+
+        So is the eldest, every two seconds, once a check has passed since the last.
+        """
+        there = [*self.idle, *self.held, *self.busy]
+        if now >= self.give_up_at and len(there) > (0 if self.wanting else 1):
+            self.give_up_at = math.inf
+            min(there, key=lambda connection: connection.expires).expires = now
+        for connection in there:
+            if now >= connection.expires:
+                connection.spent = True  # after its next answer
+            idle_at_most = SPARE_IDLE if self.open > 1 else UNHEARD
+            if connection not in self.busy and (connection.spent or now - connection.idle_since >= idle_at_most):
                 self._close(connection)
-        for connection in [*self.idle, *self.held, *self.busy]:
-            connection.spent = connection.spent or now >= connection.expires  # after its next answer
-        if self.idle and self.open > 1 and self._gives_up(now):
-            self._close(self.idle[0])
 
     def report(self, text: str) -> None:
         """Log what concerns this service."""
@@ -1739,32 +1713,19 @@ class Pool:
 class Waiter:
     """A request that waits for a connection."""
 
-    __slots__ = ('client', 'connection', 'done', 'pools', 'woken')
+    __slots__ = ('client', 'connection', 'pools', 'woken')
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.connection: Connection | None = None  # what it got
-        self.done = False  # it waits no more
-        self.pools: list[Pool] = []  # those that it waits for
+        self.pools: list[Pool] = []  # those that it waits for: none when it is done
         self.woken = gevent.event.Event()
 
-    def join(self, pool: Pool) -> None:
-        """Wait for a pool."""
-        self.pools.append(pool)
-        pool.wanting += 1
-
-    def leave(self) -> None:
-        """Wait no more."""
-        self.done = True
-        for pool in self.pools:
+    def leave(self, *pools: Pool) -> None:
+        """Wait no more for some pools."""
+        for pool in pools:
             pool.wanting -= 1
-        self.pools.clear()
-
-    def give(self, connection: Connection) -> None:
-        """Hand over a connection."""
-        self.connection = connection
-        self.leave()
-        self.woken.set()
+            self.pools.remove(pool)
 
 
 class Queue:
@@ -1778,48 +1739,44 @@ class Queue:
         self.pools = {service: Pool(service, self, checked) for service in services}
         self.waiters: set[Waiter] = set()
         self._heaps: dict[Pool, list[tuple[float, int, Waiter]]] = {pool: [] for pool in self.pools.values()}
-        self._retries: dict[Pool, deque[Waiter]] = {pool: deque() for pool in self._heaps}
         self._numbers = itertools.count()
         self.balancer = Balancer(self._heaps)
         for service in services:
             service.changed = self.changed
 
     def wait(self, client: Client, first: Pool | None, tried: Sequence[Pool], deadline: float,
-             now: float) -> Connection | None:  # fmt: skip
+             since: float) -> Connection | None:  # fmt: skip
         """Return a connection of a service that was not tried; None if there is none, or none in time.
 
         The first is what the balancer chose: it is waited for alone, for a moment.
         """
-        waiter = Waiter(client)
+        waiter, now = Waiter(client), since
         self.waiters.add(waiter)
         try:
-            self._wait(waiter, first, tried, deadline, now)
+            while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now)):
+                self._join(waiter, pools, now)
+                if waiter.connection is None:
+                    ends = [since + seconds for seconds in (PATIENCE, TRIAL_PATIENCE, STALLED_AFTER)]
+                    self._sleep(waiter, min([end for end in ends if end > now] + [deadline]) - now)
+                if waiter.connection is not None:
+                    self.balancer.bind(client.instance, waiter.connection.pool)
+                    break
+                waiter.woken.clear()
+                now = time.monotonic()
         finally:
-            waiter.leave()
+            waiter.leave(*waiter.pools)
             self.waiters.discard(waiter)
-        if waiter.connection is not None:
-            self.balancer.bind(client.instance, waiter.connection.pool)
         return waiter.connection
 
-    def _wait(self, waiter: Waiter, first: Pool | None, tried: Sequence[Pool], deadline: float, since: float) -> None:
-        now = since
-        while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now)):
-            for pool in pools:
-                if pool not in waiter.pools:
-                    waiter.join(pool)
-                    heapq.heappush(self._heaps[pool], (waiter.client.asked, next(self._numbers), waiter))
-            for pool in pools:
-                if not waiter.done:
-                    self.hand_over(pool, now)
-            ends = [since + seconds for seconds in (PATIENCE, STALLED_AFTER) if since + seconds > now]
-            if any(pool.service.state is not UP for pool in pools):
-                ends.append(now + PATIENCE)
-            if not waiter.done:
-                self._sleep(waiter, min([*ends, deadline]) - now)
-            if waiter.done:
-                return
-            waiter.woken.clear()
-            now = time.monotonic()
+    def _join(self, waiter: Waiter, pools: Sequence[Pool], now: float) -> None:
+        for pool in pools:
+            if pool not in waiter.pools:
+                waiter.pools.append(pool)
+                pool.wanting += 1
+                heapq.heappush(self._heaps[pool], (waiter.client.asked, next(self._numbers), waiter))
+        for pool in pools:
+            if waiter.connection is None:
+                self.hand_over(pool, now)
 
     def _sleep(self, waiter: Waiter, seconds: float) -> None:
         try:
@@ -1834,46 +1791,16 @@ class Queue:
         heap = self._heaps[pool]
         while heap:
             waiter = heap[0][2]
-            if not waiter.done:
-                connection = pool.take(waiter.client, now, held=not pool.checker.growing(now))
+            if pool in waiter.pools:
+                connection = pool.take(waiter.client, now)
                 if connection is None:
                     break
-                waiter.give(connection)
+                waiter.connection = connection
+                waiter.leave(*waiter.pools)
+                waiter.woken.set()
             heapq.heappop(heap)
         if pool.wanting:
             pool.checker.grow(now)
-
-    def retry(self, ended: Connection, client: Client, deadline: float) -> Connection | None:
-        """Return a connection in place of one that ended; None if the service went down, or has none in time.
-
-        One that has just been checked, or is new: any other may have ended, too.
-        """
-        pool, now = ended.pool, time.monotonic()
-        if pool.unchecked and ended in pool.busy:
-            del pool.busy[ended]
-            ended.close()
-            another = Connection(pool, now)
-            pool.busy[another] = None
-            return another
-        waiter = Waiter(client)
-        waiter.join(pool)
-        self._retries[pool].append(waiter)
-        try:
-            pool.give_back(ended, now)
-            pool.checker.grow(now)
-            self._sleep(waiter, max(0.0, min(pool.service.timeout, deadline - now)))
-        finally:
-            waiter.leave()
-        return waiter.connection
-
-    def next_retry(self, pool: Pool) -> Waiter | None:
-        """Return the first request that waits to be sent to this service again."""
-        retries = self._retries[pool]
-        while retries:
-            waiter = retries.popleft()
-            if not waiter.done:
-                return waiter
-        return None
 
     def changed(self, service: Service, text: str, now: float) -> None:
         """Do what follows from a change of a service's state: a request that it concerns chooses again."""
@@ -1886,29 +1813,28 @@ class Queue:
             pool.checker.reset(now)
             concerned = {waiter for waiter in self.waiters if pool in waiter.pools}
             for waiter in concerned:
-                waiter.pools.remove(pool)
-                pool.wanting -= 1
+                waiter.leave(pool)
             self._heaps[pool].clear()
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
         elif service.state is UP:
-            pool.checker.recovered()
-        for waiter in [*concerned, *self._retries[pool]]:
+            pool.checker.backoff = BACKOFF_FIRST  # when it goes down next
+        for waiter in concerned:
             waiter.woken.set()
 
     def tick(self, now: float) -> None:
         """Do what time alone brings: judge checks and start those that are due."""
         for pool in self._heaps:
             pool.checker.watch(now)
-            if pool.wanting:
-                self.hand_over(pool, now)
 
     def prune(self, now: float) -> None:
         """Close idle connections, and forget who is done."""
         for pool, heap in self._heaps.items():
             pool.prune(now)
+            if pool.wanting:
+                self.hand_over(pool, now)
             if len(heap) > 2 * pool.wanting + 100:
-                heap[:] = [entry for entry in heap if not entry[2].done]
+                heap[:] = [entry for entry in heap if pool in entry[2].pools]
                 heapq.heapify(heap)
 
 
@@ -1961,8 +1887,8 @@ class Client(Wire):
         buffer = self._buffer
         if buffer.data:
             gevent.sleep(0)  # one that pipelines lets the others have their turn
-            if not (self._watcher.active or self.ended) and len(buffer.data) <= MAX_MESSAGE:
-                self._watcher.start(self._readable)
+            if not self.ended and len(buffer.data) <= MAX_MESSAGE:
+                self.watch()
         request = buffer.take() if buffer.data else None
         while not (buffer.data or request or self.ended):
             data = self.receive()
@@ -1986,6 +1912,14 @@ class Client(Wire):
                 if request is not None:
                     return request
         raise ClientFault(CUT_OFF, f'{len(self._buffer.data)} bytes')
+
+    def timer(self, timeout: float, left: float) -> QueryTimeout:
+        """Return the timer of its query, for a timeout or what is left, in seconds."""
+        seconds = timeout if timeout < left else max(0.001, left)
+        if seconds != self.timeout.seconds:
+            self.timeout.close()
+            self.timeout = QueryTimeout(seconds)
+        return self.timeout
 
     def answer(self, action: bytes) -> None:
         """Send what the kernel takes of an answer now; the rest is left to finish_answer(), as all errors are.
@@ -2089,26 +2023,21 @@ class Proxy:
 
     def _query(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
         """Pass on the answer of one service; return its action. Raises ServiceFailure, ClientFault."""
-        pool, service, timeout, retried = connection.pool, connection.pool.service, client.timeout, False
+        pool, service, retried = connection.pool, connection.pool.service, False
+        connection.user = client.user
         try:
             while True:
                 service.queries += 1
-                seconds, left = service.timeout, deadline - connection.since
-                if seconds > left:
-                    seconds = max(0.001, left)
-                if seconds != timeout.seconds:
-                    timeout.close()
-                    timeout = client.timeout = QueryTimeout(seconds)
-                connection.user = client.user
                 try:
-                    action = connection.ask(request, connection.since, timeout)
+                    since = connection.since
+                    action = connection.ask(request, since, client.timer(service.timeout, deadline - since))
                     break
                 except Ended:
-                    another = None if retried else self.queue.retry(connection, client, deadline)
-                    if another is None:
+                    if retried:
                         raise
-                    connection, retried = another, True
+                    retried = True
                     self.statistics.retries += 1
+                    connection.renew(client.timer(service.timeout, deadline - time.monotonic()))
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
             now = time.monotonic()
             if isinstance(error, ClientFault):

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import hapolicy_gevent
 from hapolicy_gevent import (
-    BACKOFF_LAST,
+    BACKOFF_MAX,
     DOWN,
     DROPPED,
     ENDED,
@@ -82,6 +82,10 @@ class ModelConnection(Connection):
         assert timeout is not None and isinstance(self.pool.queue, ModelQueue)
         return self.pool.queue.model.ask(self, timeout.seconds)
 
+    def renew(self, timeout: QueryTimeout) -> None:
+        self.dead, self.used, self.spent = False, True, False
+        self.since = self.pool.queue.model.clock.now  # type: ignore[attr-defined]
+
     def close(self) -> None:
         self.dead = True
 
@@ -116,9 +120,10 @@ class ModelQueue(Queue):
             raise
 
     def hand_over(self, pool: Pool, now: float) -> None:
-        before = [entry[2] for entry in sorted(self._heaps[pool], key=lambda entry: entry[:2]) if not entry[2].done]
+        heap = sorted(self._heaps[pool], key=lambda entry: entry[:2])
+        before = [waiter for _, _, waiter in heap if pool in waiter.pools]
         super().hand_over(pool, now)
-        served = [waiter.done for waiter in before]
+        served = [waiter.connection is not None for waiter in before]
         assert served == sorted(served, reverse=True), 'one that came later was served first'
 
 
@@ -403,7 +408,7 @@ class Model(RuleBasedStateMachine):
         for pool in getattr(self, 'pools', ()):
             if pool.service.state is DOWN:
                 checker = pool.checker
-                assert checker.running or checker._failed_at + BACKOFF_LAST * 1.2 >= self.clock.now
+                assert checker.running or checker._failed_at + BACKOFF_MAX * 1.2 >= self.clock.now
 
     @invariant()
     def in_flight_is_what_is_asked(self) -> None:
