@@ -125,7 +125,7 @@ QUIET = 0.05
 #: Seconds after which a connection that was never silent for QUIET rests, before its next use.
 REST_AFTER = 1.0
 #: Seconds for which a message holds the connection that answered it, and how many are opened for that.
-HOLD, MAX_IDLE = 1.0, 30
+HOLD, MAX_IDLE = 1.0, 20
 #: Seconds for which an idle connection is kept beside another: a server may have few workers.
 SPARE_IDLE = 2.0
 #: Seconds for which each connection is used once, after a server said more than an answer.
@@ -145,10 +145,9 @@ TICK = 0.1
 UNANSWERED = 1.0
 #: Seconds without any answer after which a service is checked, and its last idle connection closed.
 UNHEARD = 30.0
-#: Seconds between checks of a service that is full or has no connection, or is down where none is up, at most.
-PAUSE = 1.0
-#: Seconds between checks of a service that is down, from the first to the most: doubled by each that fails.
-BACKOFF_FIRST, BACKOFF_MAX = 0.5, 30.0
+#: Seconds between checks of a service that is down: doubled by each that fails, from the first to the most. The first
+#: where none is up, or a service is full.
+BACKOFF_FIRST, BACKOFF_MAX = 1.0, 30.0
 #: From 0.8 to 1.2: proxies that saw one server die are not to check it together.
 JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
 #: Mails at once for a service on trial, where no service is up; and seconds for which others wait for their answer.
@@ -680,7 +679,7 @@ class Balancer:
         At first the one that was chosen for it alone, so that shares hold, or those of one prio; then all; and at last
         those that have stalled, which may be the doing of a slow message. None of a service whose trial is taken.
         """
-        there = [pool for pool in self.pools if pool not in tried and pool.admits(now)]
+        there = [pool for pool in self.pools if pool not in tried and pool.admits(waited, now)]
         answering = there if waited >= STALLED_AFTER else [pool for pool in there if not pool.stalled(now)] or there
         if waited >= PATIENCE or not answering:
             return answering
@@ -1243,7 +1242,9 @@ class Connection(Wire):
         self.pool.service.check_answered(self.since, time.monotonic())
         if self.spent:
             return (SURPLUS if self.surplus else ENDED), action
-        return self.listen(QUIET), action
+        said = self.listen(QUIET)
+        self.idle_since = self.silent_at = time.monotonic()
+        return said, action
 
     def renew(self, timeout: QueryTimeout) -> None:
         """Open anew, for a request that is to be sent again, and check that. Raises ServiceFailure.
@@ -1255,6 +1256,7 @@ class Connection(Wire):
             self.begin(time.monotonic())
             try:
                 if self.pool.unchecked or not self.check(timeout)[0]:
+                    self.since = time.monotonic()
                     return
             except ServiceFailure:
                 if last:
@@ -1335,7 +1337,7 @@ class Checker:
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
         self._began = self._failed_at = -math.inf  # the last check, and the last one that failed (monotonic seconds)
-        self._in_a_row = 0  # checks since one passed that failed, or ended behind their answer: one proves nothing
+        self._doubted_at = math.inf  # when a check ended, before or behind its answer: one that begins later is to tell
 
     @property
     def full(self) -> bool:
@@ -1348,7 +1350,7 @@ class Checker:
 
     def growing(self, now: float) -> bool:
         """Tell whether a request that waits a moment may expect a new connection."""
-        if not self.enabled or self._in_a_row or self._pauses(now):
+        if not self.enabled or self._doubted_at < now or self._pauses(now):
             return False
         if self.running and (self.full or now - next(iter(self.running)).since > PATIENCE):
             return False
@@ -1356,18 +1358,16 @@ class Checker:
 
     def _pauses(self, now: float) -> bool:
         """Tell whether it is too early for a check: one failed, and the service is down, or serves what is open."""
-        down = self.pool.service.state is DOWN
-        seconds = self._backoff_now() * JITTER if down else PAUSE if self.pool.open else 0
+        seconds = BACKOFF_FIRST if self.pool.open else 0.0
+        if self.pool.service.state is DOWN:
+            seconds = (self.backoff if self.pool.queue.balancer.up else BACKOFF_FIRST) * JITTER
         return now < self._failed_at + seconds
-
-    def _backoff_now(self) -> float:
-        return self.backoff if self.pool.queue.balancer.up else min(self.backoff, PAUSE)
 
     def _due(self, now: float) -> bool:
         """Tell whether a check is due that no request waits for."""
         pool, service, ago = self.pool, self.pool.service, now - self._began
         return (service.failed_at > self._began  # mail did, and the check is to tell why
-                or (ago > PAUSE and pool.use is CHECKED and not pool.open)
+                or (ago > BACKOFF_FIRST and pool.use is CHECKED and not pool.open)
                 or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
                 or (ago > service.stall and pool.stalled(now)))  # fmt: skip
 
@@ -1387,7 +1387,7 @@ class Checker:
                 return
             self.stop()
             number = 1
-        elif not self.enabled or (self._in_a_row and running):
+        elif not self.enabled or (self._doubted_at < now and running):
             return  # those that run will tell
         else:
             waits = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
@@ -1429,22 +1429,26 @@ class Checker:
         self._failed_at, self.backoff, self.reason = -math.inf, BACKOFF_FIRST, ''
         self.at_once = min(2 * self.at_once, pool.service.max)
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
-        self._in_a_row = self._in_a_row + 1 if said is ENDED else 0
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
         if not said:
-            pool.use = CHECKED
-        elif said is SURPLUS or self._in_a_row > 1:
-            pool.use = SINGLE_USE
-            self._in_a_row = 0
+            pool.use, self._doubted_at = CHECKED, math.inf
+        elif said is SURPLUS or self._confirms(check, now):
+            pool.use, self._doubted_at = SINGLE_USE, math.inf
         pool.give_up_at = min(pool.give_up_at, now + pool.give_up_pace)
         pool.service.check_passed(now)
         if not said:
-            check.since = check.idle_since = check.silent_at = now
             pool.idle.append(check)
-        elif self._in_a_row and not self.running:
-            self._start(now)
         pool.queue.hand_over(pool, now)
+
+    def _confirms(self, check: Connection, now: float) -> bool:
+        """Tell whether another check ended before this one began; else have one more made, as one proves nothing."""
+        if check.since >= self._doubted_at:
+            return True
+        self._doubted_at = min(self._doubted_at, now)
+        if not self.running:
+            self._start(now)
+        return False
 
     def failed(self, check: Connection, failure: ServiceFailure, now: float) -> None:
         """Judge a service by a check that failed."""
@@ -1453,7 +1457,6 @@ class Checker:
         pool, service, reason = self.pool, self.pool.service, failure.reason
         self._failed_at = now
         if reason not in JUDGED:  # a fault of ours
-            self._in_a_row = 0
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
             self.reason = reason
@@ -1462,16 +1465,11 @@ class Checker:
             pool.queue.balancer.update()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
-            self._in_a_row = 0
         elif pool.count_open():
             self._limit(f'{reason}, {failure}', now)
             pool.queue.hand_over(pool, now)
-        else:
-            self._in_a_row += 1
-            if reason in (DROPPED, INVALID) and self._in_a_row == 1 and not self.running:
-                self._start(now)
-            elif not self.running or reason in (REFUSED, UNREACHABLE):
-                self._down(reason, str(failure), now)
+        elif reason in (REFUSED, UNREACHABLE) or (self._confirms(check, now) and not self.running):
+            self._down(reason, str(failure), now)
 
     def _down(self, reason: str, text: str, now: float) -> None:
         self.reason = reason
@@ -1480,7 +1478,7 @@ class Checker:
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
         self.stop()
-        self.at_once, self._in_a_row, self._failed_at = self.pool.service.max, 0, now
+        self.at_once, self._doubted_at, self._failed_at = self.pool.service.max, math.inf, now
 
     def _limit(self, why: str, now: float) -> None:
         """Note that no more connections are served than are open."""
@@ -1488,7 +1486,7 @@ class Checker:
             number = max(1, self.pool.open)
             self.pool.report(f'is full: it serves {number} connections, and a further one had: {why}. If that lasts,'
                              f' set its max to {number}, or give it more workers')  # fmt: skip
-        self.at_once, self._in_a_row = 1, 0
+        self.at_once, self._doubted_at = 1, math.inf
 
     def watch(self, now: float) -> None:
         """Judge the checks that are not answered, and start those that are due."""
@@ -1554,8 +1552,8 @@ class Pool:
                 self.drop(connection, said)
         return len(self.idle) + len(self.held) + sum(not connection.ended() for connection in self.busy)
 
-    def admits(self, now: float) -> bool:
-        """Tell whether a request may wait for it.
+    def admits(self, waited: float, now: float) -> bool:
+        """Tell whether a request may wait for it which has waited for so many seconds.
 
         For one that is on trial where a place is free, or while its answer can be expected: it was well until now.
         """
@@ -1563,7 +1561,7 @@ class Pool:
             return True
         asked = [next(iter(each)).since for each in (self.busy, self.checker.running) if each]
         return self.places > 0 and (len(self.busy) + self.wanting < self.places
-                                    or all(now - since < TRIAL_PATIENCE for since in asked))  # fmt: skip
+                                    or all(now - since < TRIAL_PATIENCE - waited for since in asked))  # fmt: skip
 
     def ready(self, now: float) -> bool:
         """Tell whether it has a connection for a request, or will have one soon."""
@@ -1591,10 +1589,10 @@ class Pool:
                 del self.held[own]
             elif self.idle:
                 connection = self.idle.pop()
-            elif self.held:
+            elif self.held and not (self.wanting and self.open < MAX_IDLE and self.checker.growing(now)):
                 connection = next(iter(self.held))
                 del self.held[connection]
-                short = now - connection.idle_since < HOLD and len(self.checker.running) <= len(self.held) < MAX_IDLE
+                short = now - connection.idle_since < HOLD and self.open < MAX_IDLE and not self.checker.running
             elif self.unchecked and self.room > 0:
                 connection = Connection(self, now)
             else:
@@ -1690,9 +1688,10 @@ class Pool:
         So is the eldest, every two seconds, once a check has passed since the last.
         """
         there = [*self.idle, *self.held, *self.busy]
-        if now >= self.give_up_at and len(there) > (0 if self.wanting else 1):
+        if now >= self.give_up_at and (there if self.wanting else self.idle and len(there) > 1):
             self.give_up_at = math.inf
-            min(there, key=lambda connection: connection.expires).expires = now
+            min(self.idle or there, key=lambda connection: connection.expires).expires = now
+            self.checker.stop()  # others are before us in the server's backlog from now on
         for connection in there:
             if now >= connection.expires:
                 connection.spent = True  # after its next answer
@@ -2303,7 +2302,7 @@ class Status:
 
     def able(self, service: Service) -> bool:
         """Tell whether a service may get the next mail: it is up, or a trial is free."""
-        return service.state is UP or (service.state is TRIAL and self._proxy.pools[service].admits(time.monotonic()))
+        return service.state is not DOWN and self._proxy.pools[service].admits(0, time.monotonic())
 
     # -- what is told
 
