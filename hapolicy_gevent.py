@@ -1115,7 +1115,7 @@ class Connection(Wire):
     """A connection to a server: it decides what is an answer. One request at a time."""
 
     __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'silent_at', 'since', 'spent', 'surplus',
-                 'used')  # fmt: skip
+                 'timer', 'used')  # fmt: skip
 
     def __init__(self, pool: Pool, now: float) -> None:
         """Make one that is not open yet: the first ask() opens it."""
@@ -1134,6 +1134,8 @@ class Connection(Wire):
         #: loop has polled. None while it is not open.
         self.poll: Callable[[int], list[tuple[int, int]]] | None = None
         self._data = b''  # of an answer
+        self.timer = QueryTimeout(self.pool.service.timeout)
+        self.user = getcurrent()  # that asks
 
     def open(self) -> None:
         """Connect. Raises ServiceFailure."""
@@ -1151,13 +1153,21 @@ class Connection(Wire):
         if pool.use is SINGLE_USE and time.monotonic() < pool.once_until and (said := self.listen(QUIET)):
             raise ServiceFailure(DROPPED if said is ENDED else INVALID, 'it hung up, or spoke, before it was asked')
 
-    def ask(self, request: bytes, now: float, timeout: QueryTimeout | None = None) -> bytes:
-        """Send a request and return the action of its answer, within a timeout. Raises ServiceFailure."""
+    def ask(self, request: bytes, now: float, left: float = math.inf) -> bytes:
+        """Send a request and return the action of its answer. Raises ServiceFailure.
+
+        Within the service's timeout, or the seconds that are left if that is less; `user` is the greenlet that asks.
+        """
         if self.used:
-            self._see_silence(now)
+            if now - self.silent_at > REST_AFTER or not self._watcher.active:
+                self._see_silence(now)
+            elif now - self.idle_since >= QUIET:
+                self.silent_at = now
+        timer = self.timer
+        if left < timer.seconds:
+            timer = QueryTimeout(max(0.001, left))
         self._data, sent = b'', False
-        if timeout is not None:
-            timeout.again(self.user.throw, timeout)
+        timer.again(self.user.throw, timer)
         try:
             if self.poll is None:
                 self.open()
@@ -1174,12 +1184,11 @@ class Connection(Wire):
         except OSError:
             pass  # ended by a reset: as good as closed
         except gevent.Timeout as error:
-            if timeout is None or error is not timeout:
+            if error is not timer:
                 raise
-            return self._after_timeout(timeout, sent)
+            return self._after_timeout(timer, sent)
         finally:
-            if timeout is not None:
-                timeout.stop()
+            timer.stop()
         self.spent = True
         if not self._data:
             again = self.used or self.pool.use is SINGLE_USE
@@ -1192,25 +1201,20 @@ class Connection(Wire):
         One that was in use for a second and never silent rests first: behind a surplus answer each request would
         read its predecessor's for as long as the next one comes at once.
         """
-        idle = now - self.idle_since
-        if not self._watcher.active:  # something came after the pool had looked
+        rest = QUIET - (now - self.idle_since)
+        if not self._watcher.active or (rest > 0 and self.listen(rest)):  # the former: since the pool has looked
             raise Ended(DROPPED, 'it was not silent before its use')
-        if idle < QUIET:
-            if now - self.silent_at <= REST_AFTER:
-                return
-            if self.listen(QUIET - idle):
-                raise Ended(DROPPED, 'it was not silent between two requests')
         self.silent_at = now
 
-    def _after_timeout(self, timeout: QueryTimeout, sent: bool) -> bytes:
+    def _after_timeout(self, timer: QueryTimeout, sent: bool) -> bytes:
         """Return the action if a whole answer has come while we did not run. Raises ServiceFailure."""
-        timeout.__traceback__ = None  # it would keep the request until the next time
+        timer.__traceback__ = None  # it would keep the request until the next time
         with contextlib.suppress(OSError):
             while sent and self.poll is not None and self.poll(0) and (chunk := self._recv(RECEIVE)):
                 if (action := self._take_in(chunk)) is not None:
                     return action
-        reason = LATE if timeout.seconds > self.pool.service.timeout / 2 else DEADLINE
-        raise ServiceFailure(reason, f'no answer within {timeout.seconds:.3g}s') from None
+        reason = LATE if timer.seconds > self.pool.service.timeout / 2 else DEADLINE
+        raise ServiceFailure(reason, f'no answer within {timer.seconds:.3g}s') from None
 
     def _take_in(self, chunk: bytes) -> bytes | None:
         seen = len(self._data)
@@ -1233,12 +1237,13 @@ class Connection(Wire):
         self.used, self.spent = True, self.spent or self.surplus
         return action
 
-    def check(self, timeout: QueryTimeout | None = None) -> tuple[str, bytes]:
+    def check(self, left: float = math.inf) -> tuple[str, bytes]:
         """Ask our own question; return what came behind the answer, as look() does, and the action.
 
         Raises ServiceFailure.
         """
-        action = self.ask(CHECK, time.monotonic(), timeout)
+        self.user = getcurrent()
+        action = self.ask(CHECK, time.monotonic(), left)
         self.pool.service.check_answered(self.since, time.monotonic())
         if self.spent:
             return (SURPLUS if self.surplus else ENDED), action
@@ -1246,8 +1251,8 @@ class Connection(Wire):
         self.idle_since = self.silent_at = time.monotonic()
         return said, action
 
-    def renew(self, timeout: QueryTimeout) -> None:
-        """Open anew, for a request that is to be sent again, and check that. Raises ServiceFailure.
+    def renew(self, left: float) -> None:
+        """Open anew, for a request that is to be sent again, and check that, for so long. Raises ServiceFailure.
 
         Twice, as one that ends proves nothing.
         """
@@ -1255,7 +1260,7 @@ class Connection(Wire):
             self.close()
             self.begin(time.monotonic())
             try:
-                if self.pool.unchecked or not self.check(timeout)[0]:
+                if self.pool.unchecked or not self.check(left)[0]:
                     self.since = time.monotonic()
                     return
             except ServiceFailure:
@@ -1336,7 +1341,7 @@ class Checker:
         self.at_once = pool.service.max  # checks at once: fewer while the service is full
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
-        self._began = self._failed_at = -math.inf  # the last check, and the last one that failed (monotonic seconds)
+        self._began = self._failed_at = -math.inf  # the last check, and the last that failed (monotonic seconds)
         self._doubted_at = math.inf  # when a check ended, before or behind its answer: one that begins later is to tell
 
     @property
@@ -1383,9 +1388,6 @@ class Checker:
             if not self.enabled:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
                 return pool.service.turn(TRIAL, 'mail may try it', now)
-            if running and now - next(iter(self.running)).since < pool.service.timeout:
-                return
-            self.stop()
             number = 1
         elif not self.enabled or (self._doubted_at < now and running):
             return  # those that run will tell
@@ -1455,7 +1457,7 @@ class Checker:
         if self.running.pop(check, None) is None:
             return
         pool, service, reason = self.pool, self.pool.service, failure.reason
-        self._failed_at = now
+        self._failed_at = check.since
         if reason not in JUDGED:  # a fault of ours
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
@@ -1465,15 +1467,12 @@ class Checker:
             pool.queue.balancer.update()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
-        elif pool.count_open():
+        elif (service.heard_at > check.since) if reason is LATE else pool.count_open():
             self._limit(f'{reason}, {failure}', now)
             pool.queue.hand_over(pool, now)
-        elif reason in (REFUSED, UNREACHABLE) or (self._confirms(check, now) and not self.running):
-            self._down(reason, str(failure), now)
-
-    def _down(self, reason: str, text: str, now: float) -> None:
-        self.reason = reason
-        self.pool.service.turn(DOWN, f'its check: {reason}, {text}', now)
+        elif reason not in (DROPPED, INVALID) or (self._confirms(check, now) and not self.running):
+            self.reason = reason
+            service.turn(DOWN, f'its check: {reason}, {failure}', now)
 
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
@@ -1489,17 +1488,12 @@ class Checker:
         self.at_once, self._doubted_at = 1, math.inf
 
     def watch(self, now: float) -> None:
-        """Judge the checks that are not answered, and start those that are due."""
-        service = self.pool.service
+        """Find the service full if later requests are answered before a check, and start the checks that are due."""
         check = next((check for check in self.running if not check.used), None)  # the eldest
-        if check is not None and service.state is not DOWN and not (check.poll is not None and check.poll(0)):
-            late = now - check.since > service.timeout
-            overtaken = service.newest - check.since > UNANSWERED and (not self.full or len(self.running) > 2)
-            if late and service.heard_at <= check.since:
-                self._down(LATE, f'no answer within {service.timeout:g}s', now)
-            elif late or overtaken:
-                self._limit(f'no answer for {now - check.since:.1f}s', now)
-                self.stop(*() if late else (check,))
+        overtaken = check is not None and self.pool.service.newest - check.since > UNANSWERED
+        if overtaken and check is not None and (not self.full or len(self.running) > 2):
+            self._limit(f'no answer for {now - check.since:.1f}s', now)
+            self.stop(check)
         self.grow(now)
 
 
@@ -1845,8 +1839,7 @@ class Queue:
 class Client(Wire):
     """A Postfix connection: requests in, answers out, in order."""
 
-    __slots__ = ('_buffer', '_leaving', 'asked', 'closing', 'connection', 'ended', 'instance',
-                 'timeout', 'unsent')  # fmt: skip
+    __slots__ = ('_buffer', '_leaving', 'asked', 'closing', 'connection', 'ended', 'instance', 'unsent')
 
     def __init__(self, sock: socket.socket) -> None:
         self._buffer = RequestBuffer()
@@ -1857,7 +1850,6 @@ class Client(Wire):
         self.instance = b''  # of its message,
         self.connection: Connection | None = None  # and what answered that last
         self.unsent = b''  # of an answer
-        self.timeout = QueryTimeout(DEFAULT_TIMEOUT)  # of its query: there is one at a time
         super().__init__(sock)
 
     def unexpected(self) -> None:
@@ -1912,50 +1904,33 @@ class Client(Wire):
                     return request
         raise ClientFault(CUT_OFF, f'{len(self._buffer.data)} bytes')
 
-    def timer(self, timeout: float, left: float) -> QueryTimeout:
-        """Return the timer of its query, for a timeout or what is left, in seconds."""
-        seconds = timeout if timeout < left else max(0.001, left)
-        if seconds != self.timeout.seconds:
-            self.timeout.close()
-            self.timeout = QueryTimeout(seconds)
-        return self.timeout
-
     def answer(self, action: bytes) -> None:
-        """Send what the kernel takes of an answer now; the rest is left to finish_answer(), as all errors are.
-
-        The last one before we close goes out in one segment with our end, so that Postfix, which
-        looks before it writes, can not send a request into a closed connection.
-        """
-        data = b'action=' + action + b'\n\n'
-        last = self.closing and not self._buffer.data
-        sent = 0
-        try:
-            if last and self.socket.family != socket.AF_UNIX:
-                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        """Send what the kernel takes of an answer now; the rest is left to finish_answer(), as all errors are."""
+        data, sent = b'action=' + action + b'\n\n', 0
+        if not self.closing:
             send = self._send
-            sent = send(data)
-            if last and sent == len(data):
-                self._end()
-        except OSError:
-            pass
+            try:
+                sent = send(data)
+            except OSError:
+                pass
         if sent != len(data):
             self.unsent = data[sent:]
 
     def finish_answer(self, seconds: float) -> None:
         """Send the rest of an answer, within so many seconds, and after the last one our end.
 
-        Raises ClientFault, OSError.
+        Both in one segment, so that Postfix, which looks before it writes, can not send a request into a closed
+        connection. Raises ClientFault, OSError.
         """
-        if self.unsent:
-            with gevent.Timeout(seconds, ClientFault(NOT_TAKEN, f'{len(self.unsent)} bytes')):
-                self.send(self.unsent)
-            self.unsent = b''
-        if self.closing and not self._buffer.data and not self.ended:
-            self._end()
-
-    def _end(self) -> None:
-        self.ended = True
-        self.socket.shutdown(socket.SHUT_WR)
+        last = self.closing and not self._buffer.data and not self.ended
+        if last and self.socket.family != socket.AF_UNIX:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        with gevent.Timeout(seconds, ClientFault(NOT_TAKEN, f'{len(self.unsent)} bytes')):
+            self.send(self.unsent)
+        self.unsent = b''
+        if last:
+            self.ended = True
+            self.socket.shutdown(socket.SHUT_WR)
 
     def drain(self, now: float) -> None:
         """Close the connection with its next answer; now, if it is idle and none is expected soon."""
@@ -2012,9 +1987,9 @@ class Proxy:
                 continue
             self.statistics.answers += 1
             if failure is None:
-                return action, tried[0].service, 1, 'ok'
+                return action, connection.pool.service, 1, 'ok'
             self.statistics.redispatches += 1
-            return action, tried[-1].service, len(tried), f'ok after {failure.reason}'
+            return action, connection.pool.service, len(tried), f'ok after {failure.reason}'
         reason = NO_SERVICE if failure is None else ALL_FAILED
         if time.monotonic() >= deadline:
             reason = OUT_OF_TIME
@@ -2028,15 +2003,14 @@ class Proxy:
             while True:
                 service.queries += 1
                 try:
-                    since = connection.since
-                    action = connection.ask(request, since, client.timer(service.timeout, deadline - since))
+                    action = connection.ask(request, connection.since, deadline - connection.since)
                     break
                 except Ended:
                     if retried:
                         raise
                     retried = True
                     self.statistics.retries += 1
-                    connection.renew(client.timer(service.timeout, deadline - time.monotonic()))
+                    connection.renew(deadline - time.monotonic())
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
             now = time.monotonic()
             if isinstance(error, ClientFault):
@@ -2081,7 +2055,6 @@ class Proxy:
             if client.connection is not None:
                 client.connection.pool.let_go(client.connection, client)
             client.close()
-            client.timeout.close()
 
     def _refuse(self, fault: ClientFault, address: tuple[Any, ...] | str) -> None:
         self.statistics.refused[fault.reason] += 1
@@ -2096,7 +2069,7 @@ class Proxy:
                 for line in request.splitlines()[:-1]:
                     log(INFO, f'Attribute: {printable(line)}')
             decision = self.decide(request, client, started)
-            if client.unsent or client.closing:
+            if client.unsent:
                 client.finish_answer(self._deadline)
             if log.requests:
                 self._log_request(decision, request, time.monotonic() - started)

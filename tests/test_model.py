@@ -7,6 +7,7 @@ mail, and when time passes. HAPOLICY_TEST_MODEL gives the number of examples.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time as real_time
 from typing import Any
@@ -36,7 +37,6 @@ from hapolicy_gevent import (
     Log,
     Pool,
     Proxy,
-    QueryTimeout,
     Queue,
     ServiceFailure,
     StreamSink,
@@ -77,12 +77,12 @@ class ModelConnection(Connection):
     def look(self) -> str:
         return ENDED if self.dead else ''
 
-    def ask(self, request: bytes, now: float, timeout: QueryTimeout | None = None) -> bytes:
+    def ask(self, request: bytes, now: float, left: float = math.inf) -> bytes:
         """Stop the request until the model's server does something with it."""
-        assert timeout is not None and isinstance(self.pool.queue, ModelQueue)
-        return self.pool.queue.model.ask(self, timeout.seconds)
+        assert isinstance(self.pool.queue, ModelQueue)
+        return self.pool.queue.model.ask(self, min(left, self.pool.service.timeout))
 
-    def renew(self, timeout: QueryTimeout) -> None:
+    def renew(self, left: float) -> None:
         self.dead, self.used, self.spent = False, True, False
         self.since = self.pool.queue.model.clock.now  # type: ignore[attr-defined]
 
@@ -99,7 +99,7 @@ class ModelClient(Client):
         self.instance, self.connection = b'', None
         self.asked, self.ended = 0.0, False
         self.answers: list[bytes] = []
-        self.timeout, self.user = QueryTimeout(5), getcurrent()
+        self.user = getcurrent()
 
     def answer(self, action: bytes) -> None:
         self.answers.append(action)
@@ -360,6 +360,10 @@ class Model(RuleBasedStateMachine):
         while self.clock.now < end:
             self.clock.now += TICK
             self.run()
+            for pool in self.pools:
+                for check in list(pool.checker.running):
+                    if self.clock.now - check.since >= pool.service.timeout:
+                        pool.checker.failed(check, ServiceFailure(LATE, 'no answer'), self.clock.now)
             self.queue.tick(self.clock.now)
             if int(self.clock.now) != int(self.clock.now - TICK):
                 self.queue.prune(self.clock.now)
