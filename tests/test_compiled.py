@@ -43,7 +43,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_compiled_module_does_what_the_file_does(compiled: Path) -> None:
     done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-x', *(f'tests/test_{name}.py' for name in LIVE)],
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-n', '2', *(f'tests/test_{name}.py' for name in LIVE)],
         cwd=ROOT, env=os.environ | {'HAPOLICY_PROGRAM': str(compiled)}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]
