@@ -78,7 +78,7 @@ class Site:
         for name in names if self.proxy is not None else ():
             assert self.proxy is not None
             place = {'GREY1': self.one, 'GREY2': self.two}[name]
-            self.proxy.logged(f'[{name}] (127.0.0.1:{place}) is up: its check passed', 5)
+            self.proxy.logged(f'[{name}] (127.0.0.1:{place}) is up: its check passed')
 
     @property
     def running(self) -> list[int]:
