@@ -248,7 +248,7 @@ def test_a_stopped_server_costs_mail_nothing_once_its_check_has_failed(names: st
         with ProxyProcess(*services) as proxy, proxy.client() as client:
             assert {client.ask_own() for _ in range(10)} == set(names)
             running[0].process.send_signal(signal.SIGSTOP)
-            wait_until(lambda: client.ask_own() and '[A] (' + running[0].service[2:] + ') is down' in proxy.log, 20)
+            wait_until(lambda: client.ask_own() and '[A] (' + running[0].service[2:] + ') is down' in proxy.log)
             expected = {'default' if names == 'A' else 'B'}
             held, end = 0, time.monotonic() + 5
             while time.monotonic() < end:
@@ -386,7 +386,7 @@ def test_a_service_has_its_exact_share_from_the_first_second_of_its_return() -> 
         loads.start()
         time.sleep(0.5)
         a.start()
-        proxy.logged('[A] (' + a.service[2:] + ') is up', 10)
+        proxy.logged('[A] (' + a.service[2:] + ') is up')
         back = time.monotonic()
         time.sleep(1)
         end = time.monotonic()
@@ -764,7 +764,7 @@ def test_by_spawn_a_server_that_hangs_costs_few_mails_its_timeout() -> None:
         silent = subprocess.DEVNULL
         with subprocess.Popen(command, stdin=far.fileno(), stdout=far.fileno(), stderr=silent) as process:
             far.close()
-            near.settimeout(20)
+            near.settimeout(60)
             held, end = 0, time.monotonic() + 5
             while time.monotonic() < end:
                 started = time.monotonic()
@@ -773,5 +773,5 @@ def test_by_spawn_a_server_that_hangs_costs_few_mails_its_timeout() -> None:
                 held += time.monotonic() - started > 0.45
                 time.sleep(0.02)
             near.close()
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         assert 2 <= held <= 5, held

@@ -210,9 +210,9 @@ def test_all_down_the_default_comes_at_once_and_is_loud_once() -> None:
             assert sorted(held)[100] < 0.1 * SCALE
             assert proxy.log.count('No service is up') == 1
             given = r'given (\d+) times: no service is up'
-            wait_until(lambda: sum(map(int, re.findall(given, proxy.log))) == 201, 20, lambda: proxy.log)
+            wait_until(lambda: sum(map(int, re.findall(given, proxy.log))) == 201, what=lambda: proxy.log)
             a.start()
-            proxy.logged('[A] (' + a.service[2:] + ') is up: its check passed', 10)
+            proxy.logged('[A] (' + a.service[2:] + ') is up: its check passed')
             assert client.ask_own() == 'A'
 
 
@@ -223,7 +223,7 @@ def test_a_rolling_restart_of_all_servers_is_never_seen() -> None:
                 server.kill()
                 server.start()
                 back = time.monotonic()  # its end may go unseen, if nobody asks it in those 50 ms
-                wait_until(lambda name=server.name, since=back: clients.shares(since)[name] > 0, 30)  # type: ignore[misc]
+                wait_until(lambda name=server.name, since=back: clients.shares(since)[name] > 0)  # type: ignore[misc]
         assert clients.shares(0)['default'] == 0
 
 
@@ -303,7 +303,7 @@ def test_a_server_host_that_swallows_packets_costs_its_timeouts_and_no_more() ->
             # the neighbour is forgotten and nothing is answered: connects time out, requests in flight too
             run(f'ip -n {name} link set e0 down')
             run(f'ip neigh replace 198.18.77.2 lladdr 02:00:00:00:00:01 dev {name[:12]}v nud permanent')
-            proxy.logged('[A] (198.18.77.2:10031) is down: ', 20)
+            proxy.logged('[A] (198.18.77.2:10031) is down: ')
             time.sleep(2)
         assert clients.shares(0)['default'] == 0
         assert clients.longest(since) < 1 + 10 * SCALE
@@ -342,7 +342,7 @@ def test_a_server_that_stays_down_is_checked_at_growing_distances_and_is_found_a
         server = subprocess.Popen([*inside, sys.executable, '-c', SERVER, '10031', 'A'])
         after.callback(server.wait)
         after.callback(server.kill)
-        proxy.logged('is up', 25)
+        proxy.logged('is up')
         with PostfixClient(where) as client:
             assert {client.ask_own() for _ in range(20)} == {'A', 'B'}
 

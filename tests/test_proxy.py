@@ -552,7 +552,7 @@ def test_ipv6_on_both_sides() -> None:
     listener = socket.socket(socket.AF_INET6)
     listener.bind(('::1', 0))
     listener.listen()
-    port = listener.getsockname()[1]
+    port, where = listener.getsockname()[1], free_port(socket.AF_INET6)
 
     def serve() -> None:
         sock, _ = listener.accept()
@@ -561,8 +561,8 @@ def test_ipv6_on_both_sides() -> None:
                 sock.sendall(b'action=DUNNO six\n\n')
 
     threading.Thread(target=serve, daemon=True).start()
-    with ProxyProcess('-s', f'A=[::1]:{port}', f'--listen=[::1]:{port + 1 if port < 65535 else 65000}') as proxy:
-        with socket.create_connection(('::1', port + 1 if port < 65535 else 65000), timeout=10) as sock:
+    with ProxyProcess('-s', f'A=[::1]:{port}', f'--listen=[::1]:{where}') as proxy:
+        with socket.create_connection(('::1', where), timeout=60) as sock:
             sock.sendall(request())
             assert sock.recv(100) == b'action=DUNNO six\n\n'
         with PostfixClient(proxy.port) as client:
