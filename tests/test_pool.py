@@ -128,7 +128,7 @@ def test_who_waits_for_a_full_service_is_served_by_another_that_returns() -> Non
             clients = [proxy.client() for _ in range(8)]
             threading.Timer(0.3, b.start).start()
             answered = in_threads(8, lambda i: clients[i].ask_own())
-            assert answered.count('B') >= 4 and 'default' not in answered, answered
+            assert answered.count('B') >= 2 and 'default' not in answered, answered
 
 
 def test_i6_a_client_that_pipelines_without_end_stops_nobody() -> None:
