@@ -15,7 +15,7 @@ if os.environ.get('CI') == 'true':
 
 
 #: The files that `tests/run --fast` runs, without what needs Debian's servers; a file is slow until it is named here.
-FAST = {'balancing', 'check_services', 'cli', 'health', 'logging', 'manual', 'model', 'protocol', 'services'}
+FAST = {'balancing', 'cli', 'health', 'logging', 'manual', 'model', 'protocol', 'services'}
 
 
 @pytest.hookimpl(tryfirst=True)
