@@ -35,8 +35,8 @@ setup(
     extras_require={
         'metrics': ['prometheus-client>=0.16'],
         'test': [
-            'hypothesis', 'mypy', 'prometheus-client', 'pytest', 'ruff', 'selenium', 'setuptools>=70.1',
-            'types-docopt', 'types-gevent', 'types-setuptools',
+            'hypothesis', 'mypy', 'prometheus-client', 'pytest', 'pytest-xdist', 'ruff', 'selenium',
+            'setuptools>=70.1', 'types-docopt', 'types-gevent', 'types-setuptools',
         ],
         'bench': ['matplotlib'],
     },

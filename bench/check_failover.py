@@ -86,7 +86,7 @@ def scenarios(timeout: float) -> dict[str, Scenario]:
     """Return all scenarios by name."""
     return {
         'refused': Scenario(3, do_nothing, 0),
-        'killed': Scenario(9, kill_and_start, 0, returns_at=3),
+        'killed': Scenario(13, kill_and_start, 0, returns_at=3),
         'hung': Scenario(12, hang_and_wake, timeout, returns_at=5),
     }
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / 'hapolicy_gevent.py'
 
 #: Seconds a process may take until it accepts connections, on a machine with much else to do.
-READY_SECONDS = 20.0
+READY_SECONDS = 60.0
 #: Seconds a process may take to end after SIGTERM; then it is killed.
 STOP_SECONDS = 5.0
 #: Ports to choose from: below those that the kernel gives to outgoing connections, or one of these could

@@ -14,8 +14,19 @@ if os.environ.get('CI') == 'true':
     hypothesis.settings.load_profile('repeatable')
 
 
+#: The files that `tests/run --fast` runs, without what needs Debian's servers; a file is slow until it is named here.
+FAST = {'balancing', 'cli', 'health', 'logging', 'manual', 'model', 'protocol', 'services'}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what needs root or Debian's packages where they are missing; with CI=true that is a failure."""
+    items.sort(key=lambda item: item.path.stem != 'test_compiled')  # the longest of all begins first
+    for item in items:
+        if item.path.stem[5:] not in FAST or item.get_closest_marker('needs_root'):
+            item.add_marker('slow')
+        if 'browser' in getattr(item, 'fixturenames', ()):  # one for all tests: all of them in one process
+            item.add_marker(pytest.mark.xdist_group('browser'))
     lacking = [name for name in ('postfix', 'postgrey', 'postfwd', 'hapolicy', 'ip') if not shutil.which(name)]
     if os.geteuid() == 0 and not lacking:
         return

@@ -34,7 +34,7 @@ _instances = itertools.count(1)
 ACTIVATED = 'import os,sys; os.environ["LISTEN_PID"]=str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])'
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10, what: str | Callable[[], str] = '') -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 30, what: str | Callable[[], str] = '') -> None:
     """Poll until `condition` holds; fail after so many seconds, saying what was waited for."""
     give_up = time.monotonic() + seconds * SCALE
     while not condition():
@@ -43,11 +43,31 @@ def wait_until(condition: Callable[[], object], seconds: float = 10, what: str |
         time.sleep(0.01)
 
 
+def _ports() -> Iterator[int]:
+    """Yield the ports of a block that no other process of the tests has, below those that connections leave from."""
+    first = 10000 + os.getpid() % 100 * 200
+    while True:
+        _block.append(socket.socket(socket.AF_UNIX))
+        try:
+            _block[-1].bind(f'\0hapolicy-test-ports-{first}')  # to its end
+            break
+        except OSError:
+            first = 10000 + (first - 9800) % 20000
+    yield from itertools.cycle(range(first, first + 200))
+
+
+_block: list[socket.socket] = []
+_free = _ports()
+
+
 def free_port(family: int = socket.AF_INET) -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket(family) as sock:
-        sock.bind(('127.0.0.1' if family == socket.AF_INET else '::1', 0))
-        return int(sock.getsockname()[1])
+    """Return a port that nobody listens on now, and that nobody else is given soon."""
+    while True:
+        port = next(_free)
+        with socket.socket(family) as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(('127.0.0.1' if family == socket.AF_INET else '::1', port))
+            return port
 
 
 def new_instance() -> str:
@@ -330,7 +350,7 @@ class ProxyProcess:
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
             env={**os.environ, **(environment or {})},
         )  # fmt: skip
-        wait_until(lambda: 'serves up to' in self.log or self.process.poll() is not None, 20, 'the proxy serves')
+        wait_until(lambda: 'serves up to' in self.log or self.process.poll() is not None, 60, 'the proxy serves')
         assert self.process.poll() is None, self.log
 
     @property
@@ -339,7 +359,7 @@ class ProxyProcess:
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode()
 
-    def logged(self, text: str, seconds: float = 10) -> None:
+    def logged(self, text: str, seconds: float = 30) -> None:
         """Wait until the log holds `text`."""
         wait_until(lambda: text in self.log, seconds, lambda: f'{text!r} in the log:\n{self.log[-2000:]}')
 

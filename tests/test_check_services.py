@@ -104,7 +104,7 @@ def test_a_server_that_hangs_up_by_a_reset_has_answered() -> None:
         status, lines = check(a.service, b.service)
         assert status == 0 and 'answered' in lines[0] and 'answered' in lines[1], lines
         assert lines[0].endswith("ok: 'DUNNO', then it hangs up") and lines[1].endswith("ok: 'DUNNO  B'"), lines
-        wait_until(lambda: not b.open, 10, 'its connection is closed')
+        wait_until(lambda: not b.open, what='its connection is closed')
 
 
 def test_a_second_answer_that_comes_a_moment_later_is_told() -> None:

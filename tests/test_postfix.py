@@ -78,7 +78,7 @@ class Site:
         for name in names if self.proxy is not None else ():
             assert self.proxy is not None
             place = {'GREY1': self.one, 'GREY2': self.two}[name]
-            self.proxy.logged(f'[{name}] (127.0.0.1:{place}) is up: its check passed', 5)
+            self.proxy.logged(f'[{name}] (127.0.0.1:{place}) is up: its check passed')
 
     @property
     def running(self) -> list[int]:
@@ -96,7 +96,7 @@ class Site:
             assert self.running
             for pid in self.running:
                 os.kill(pid, signal.SIGTERM)
-            wait_until(lambda: not self.running, 20, 'the spawned ones end')
+            wait_until(lambda: not self.running, what='the spawned ones end')
 
     def __enter__(self) -> Site:
         self.start()
@@ -151,10 +151,10 @@ def test_postgrey_is_heard_through_the_proxy(site: Site) -> None:
             time.sleep(0.2)
             return replies[-1][0] == 250
 
-        wait_until(taken, 30, 'the mail is taken')
+        wait_until(taken, what='the mail is taken')
         assert time.monotonic() - begun >= 2
         assert {code for code, _ in replies[:-1]} <= {450}
-        wait_until(lambda: site.postfix.delivered == 2, 20, 'both recipients have it')
+        wait_until(lambda: site.postfix.delivered == 2, what='both recipients have it')
         assert len(site.postfix.headers('X-Greylist')) == 1
 
 
@@ -167,7 +167,7 @@ def test_a_verdict_of_postfwd_reaches_the_smtp_client(site: Site) -> None:
             code, text = send_in(client, 'mallory@example.net')
             assert code == 554 and 'no mail from mallory' in text
             assert send_in(client, 'alice@example.net')[0] == 250
-    wait_until(lambda: site.postfix.delivered == 5, 20, 'the mails that passed are delivered')
+    wait_until(lambda: site.postfix.delivered == 5, what='the mails that passed are delivered')
 
 
 def test_no_mail_is_put_off_or_lost_when_a_server_is_killed_in_mid_load(site: Site) -> None:
@@ -183,8 +183,8 @@ def test_no_mail_is_put_off_or_lost_when_a_server_is_killed_in_mid_load(site: Si
         )  # fmt: skip
         try:
             headers = site.postfix.headers
-            wait_until(lambda: {'X-Policy: one', 'X-Policy: two'} <= set(headers('X-Policy')), 20, 'both answer')
-            wait_until(lambda: len(headers('X-Policy')) > mails // 10, 30, 'the load runs')
+            wait_until(lambda: {'X-Policy: one', 'X-Policy: two'} <= set(headers('X-Policy')), what='both answer')
+            wait_until(lambda: len(headers('X-Policy')) > mails // 10, what='the load runs')
             one.kill()
             before = len(headers('X-Policy'))
             assert load.poll() is None and before < mails, 'the server was killed too late'
@@ -193,7 +193,7 @@ def test_no_mail_is_put_off_or_lost_when_a_server_is_killed_in_mid_load(site: Si
             load.kill()
             load.wait()
         assert (load.returncode, said) == (0, b''), 'a mail was not replied to with 250'
-        wait_until(lambda: site.postfix.delivered == mails, 30, 'all mails are delivered')
+        wait_until(lambda: site.postfix.delivered == mails, what='all mails are delivered')
     assert 'reject:' not in site.postfix.log
     served = [header.split()[-1] for header in headers('X-Policy')]
     assert len(served) == mails, 'each mail had one verdict'
@@ -207,7 +207,7 @@ def test_mail_passes_when_all_servers_are_down(site: Site) -> None:
         for _ in range(5):
             assert send_in(client)[0] == 250
         assert time.monotonic() - begun < 10 * SCALE
-    wait_until(lambda: site.postfix.delivered == 5, 20, 'all are delivered')
+    wait_until(lambda: site.postfix.delivered == 5, what='all are delivered')
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -218,7 +218,7 @@ def test_the_smtp_client_sees_the_default_action_that_was_asked_for(mode: str) -
             code, text = send_in(client)
             assert code == 451 and text.startswith('4.7.1') and text.endswith('policy is down')
         with PolicyServerStub(port=site.two):
-            wait_until(lambda: send_in(client)[0] == 250, 20, 'the server that has come up is asked')
+            wait_until(lambda: send_in(client)[0] == 250, what='the server that has come up is asked')
 
 
 def test_a_restart_of_the_proxy_between_two_mails_loses_nothing(site: Site) -> None:
@@ -234,7 +234,7 @@ def test_a_restart_of_the_proxy_between_two_mails_loses_nothing(site: Site) -> N
         assert client.rcpt('carol@example.org')[0] == 250
         assert client.data('Subject: test\r\n\r\ntext\r\n')[0] == 250
         assert site.postfix.send()[0] == 250
-        wait_until(lambda: site.postfix.delivered == 5, 20, 'all recipients have their mail')
+        wait_until(lambda: site.postfix.delivered == 5, what='all recipients have their mail')
         assert len(server.requests) == 5, 'each was asked about once'
 
 
@@ -247,7 +247,7 @@ def test_a_restart_of_postfix_loses_nothing(site: Site) -> None:
         site.postfix.logged('reload -- version')
         assert send_in(client)[0] == 250
         assert site.postfix.send()[0] == 250
-        wait_until(lambda: site.postfix.delivered == 3, 20, 'all are delivered')
+        wait_until(lambda: site.postfix.delivered == 3, what='all are delivered')
         assert len(server.requests) == 3, 'each was asked about once'
 
 
@@ -271,7 +271,7 @@ def test_nothing_but_answers_reaches_postfix_from_spawn() -> None:
             assert ask() == 'dunno'
             assert client.ask(request(request='junk')) == 'dunno'
             with PolicyServerStub(port=site.one) as server:
-                wait_until(lambda: ask() != 'dunno', 20, 'the server is asked')
+                wait_until(lambda: ask() != 'dunno', what='the server is asked')
                 for behaviour in (answer(b'action=\n\n'), answer(b'what\n\n'), answer(b'action=no\n\nmore'), hang_up):
                     server.behaviour = behaviour
                     ask()
