@@ -1462,7 +1462,9 @@ class Checker:
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
             self.reason = reason
-            if pool.queue.balancer.up:
+            if reason is LATE:
+                self.backoff = BACKOFF_FIRST  # a server that was stopped answers the check that waits when it goes on
+            elif pool.queue.balancer.up:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
             pool.queue.balancer.update()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):

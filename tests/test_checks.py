@@ -43,6 +43,7 @@ from tests.support import (
     hang,
     hang_up,
     in_threads,
+    is_check,
     new_instance,
     request,
     reset,
@@ -260,7 +261,7 @@ def test_a_stopped_server_costs_mail_nothing_once_its_check_has_failed(names: st
             running[0].process.send_signal(signal.SIGCONT)
             back = time.monotonic()
             wait_until(lambda: client.ask_own() == 'A')
-            assert time.monotonic() - back < 5 * SCALE
+            assert time.monotonic() - back < 2 * SCALE
 
 
 def test_few_requests_are_held_by_a_server_that_hangs_under_load() -> None:
@@ -775,3 +776,50 @@ def test_by_spawn_a_server_that_hangs_costs_few_mails_its_timeout() -> None:
             near.close()
             assert process.wait(60) == 0
         assert 2 <= held <= 5, held
+
+
+def test_a_check_that_is_hung_up_on_while_connections_are_used_once_slows_nobody_for_long() -> None:
+    hangs, slowly, stop = threading.Event(), threading.Event(), threading.Event()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if is_check(message) and hangs.is_set():
+            hangs.clear()
+            raise HangUp
+        if slowly.is_set() and not is_check(message):
+            time.sleep(0.02)  # some connections are open when the check is hung up on
+        echo(peer, message)
+        if not is_check(message) and len(peer.server.requests) % 20 == 0:
+            echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy:
+
+        def work(_: int) -> None:
+            with proxy.client() as client:
+                while not stop.is_set():
+                    client.ask(request(instance=new_instance()))
+
+        def count() -> int:
+            before = len(a.requests)
+            time.sleep(2)
+            return len(a.requests) - before
+
+        def measure() -> None:
+            try:
+                proxy.logged('each of its connections is used once')
+                counted.append(count())
+                slowly.set()
+                time.sleep(0.5)
+                hangs.set()
+                proxy.logged('is full')
+                slowly.clear()
+                time.sleep(1)
+                counted.append(count())
+            finally:
+                stop.set()
+
+        counted: list[int] = []
+        measuring = threading.Thread(target=measure)
+        measuring.start()
+        in_threads(40, work)
+        measuring.join()
+        assert counted[1] > counted[0] / 5, counted
