@@ -69,7 +69,6 @@ import functools
 import heapq
 import itertools
 import math
-import operator
 import os
 import re
 import resource
@@ -700,7 +699,7 @@ def sample(service: Service) -> list[Any]:
 
 def difference(new: Iterable[Any], old: Iterable[Any]) -> list[Any]:
     """Return what was counted between two samples."""
-    return list(map(operator.sub, new, old))
+    return [after - before for after, before in zip(new, old, strict=True)]
 
 
 def summaries(statistics: Statistics, services: Sequence[Service]) -> Iterator[str]:
@@ -2235,15 +2234,16 @@ class Status:
         self._started = time.monotonic()
         self._services = sorted(proxy.pools, key=lambda service: service.prio)
         self._samples = deque([self._sample()], maxlen=SAMPLES)  # requests pay nothing for it
-        # built anew four times a second at most: mail does not pay for who asks too often
-        self._built = functools.lru_cache(2)(lambda build, _: build())
-        self._metrics: Callable[[], bytes] | None = None
+        self._pages: dict[bytes, tuple[str, Callable[[], bytes]]] = {
+            b'/': ('text/html', STATUS_PAGE.encode), b'/status.json': ('application/json', self._json)}  # fmt: skip
         with contextlib.suppress(ImportError):  # here: in the first scrape it would hold up mail for 0.1 s
             from prometheus_client import CollectorRegistry, generate_latest
 
             registry = CollectorRegistry()
             registry.register(self)
-            self._metrics = functools.partial(generate_latest, registry)
+            self._pages[b'/metrics'] = 'text/plain; version=0.0.4', functools.partial(generate_latest, registry)
+        # built anew four times a second at most: mail does not pay for who asks too often
+        self._built = functools.lru_cache(len(self._pages))(lambda build, _: build())
         hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                   for name, text in re.findall(r'<(style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)}  # fmt: skip
         self._headers = HTTP_HEADERS.format(**hashes).replace('\n', '\r\n')
@@ -2294,13 +2294,9 @@ class Status:
             return '400 Bad Request', 'text/plain', b'not understood\n'
         if method not in (b'GET', b'HEAD'):
             return '405 Method Not Allowed', 'text/plain', b'only GET and HEAD are answered\n'
-        now = int(time.monotonic() * 4)
-        if path == b'/':
-            return '200 OK', 'text/html', STATUS_PAGE.encode()
-        if path == b'/status.json':
-            return '200 OK', 'application/json', self._built(self._json, now)
-        if path == b'/metrics' and self._metrics is not None:
-            return '200 OK', 'text/plain; version=0.0.4', self._built(self._metrics, now)
+        if path in self._pages:
+            kind, build = self._pages[path]
+            return '200 OK', kind, self._built(build, int(time.monotonic() * 4))
         if path == b'/metrics':
             install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
             return '501 Not Implemented', 'text/plain', f'{install}, then restart hapolicy\n'.encode()
@@ -2536,12 +2532,9 @@ def complain(text: str) -> None:
 
 def make_log(options: SimpleNamespace, server: bool) -> Log:
     """Return the log as asked for, with our errors; stdout and stderr are not used where they are the client."""
-    sink: StreamSink | SyslogSink
-    if options.stdout and (server or not is_client(1)):
-        sink = StreamSink(1)
-    else:
-        sink = SyslogSink(StreamSink(2) if server or os.isatty(2) else None)
-    log = Log(sink, options.logging > 0, options.verbose > 0)
+    sink = SyslogSink(StreamSink(2) if server or os.isatty(2) else None)
+    stdout = StreamSink(1) if options.stdout and (server or not is_client(1)) else None
+    log = Log(stdout or sink, options.logging > 0, options.verbose > 0)
     report_errors(log)
     return log
 
@@ -2611,20 +2604,17 @@ def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
     wanted = {options.status: '--status'} if options.status else {}
     wanted.update(dict.fromkeys(options.listen, '--listen'))
     opened: dict[Address, socket.socket] = {}
-    try:
+    with contextlib.ExitStack() as undo:
         for address in sorted(wanted, key=lambda address: address.family != socket.AF_UNIX):
             with blaming(f"{wanted[address]} '{address}'"):
-                opened[address] = open_listener(address, options.socket_mode, options.reuse_port > 0)
-        for address, sock in opened.items():
+                opened[address] = sock = open_listener(address, options.socket_mode, options.reuse_port > 0)
+            if address.family == socket.AF_UNIX:
+                undo.callback(os.unlink, sock.getsockname())
+        for address in wanted:
             if address.family == socket.AF_UNIX:
                 with blaming(f"{wanted[address]} '{address}'"):
-                    os.rename(sock.getsockname(), address.host)
-    except ListenError:
-        for address, sock in opened.items():
-            if address.family == socket.AF_UNIX:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(sock.getsockname())
-        raise
+                    os.rename(opened[address].getsockname(), address.host)
+        undo.pop_all()
     return opened
 
 
@@ -2725,14 +2715,8 @@ def limit_timeouts(services: Sequence[Service], deadline: float, log: Log) -> No
 def stop_signal() -> gevent.event.Event:
     """Return what SIGTERM and SIGINT set; the second of them ends the process."""
     asked = gevent.event.Event()
-
-    def ask() -> None:
-        if asked.is_set():
-            os._exit(1)
-        asked.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(number, ask)
+        gevent.signal_handler(number, lambda: os._exit(1) if asked.is_set() else asked.set())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to read anew, and mail in flight to lose
     return asked
 
@@ -2744,11 +2728,14 @@ def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) 
     served: gevent.Greenlet[..., bool | None]
     if is_client(1):
         served = gevent.spawn(proxy.handle, socket.socket(fileno=os.dup(0)))
-    else:
+    else:  # files, pipes or terminals: what cannot be waited for in the loop is read and written in threads
         sock, far = socket.socketpair()
-        gevent.spawn(pump_in, far)
+        os.set_blocking(0, True)
+        os.set_blocking(1, True)
+        read = functools.partial(gevent.get_hub().threadpool.apply, os.read, (0, RECEIVE))
+        gevent.spawn(pump, read, far.sendall, functools.partial(far.shutdown, socket.SHUT_WR))
         gevent.spawn(proxy.handle, sock)
-        served = gevent.spawn(pump_out, far)  # ends after the client has
+        served = gevent.spawn(pump, functools.partial(far.recv, RECEIVE), functools.partial(write_all, 1), far.close)
     gevent.wait([served, stop], count=1)  # type: ignore[type-var]
     give_up = time.monotonic() + grace
     drained = proxy.drain(grace)
@@ -2756,24 +2743,16 @@ def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) 
     return drained and served.successful() and served.value is not False  # handle() returns nothing
 
 
-def pump_in(far: socket.socket) -> None:
-    """Pass stdin on, whatever it is: a file or a terminal can not be waited for in the loop."""
-    os.set_blocking(0, True)
-    read = gevent.get_hub().threadpool.apply
-    with contextlib.suppress(OSError):  # the client's side has ended first: what it has answered is still passed on
-        while data := read(os.read, (0, RECEIVE)):
-            far.sendall(data)
-        far.shutdown(socket.SHUT_WR)
-
-
-def pump_out(far: socket.socket) -> bool:
-    """Pass the answers on to stdout; return False if nobody reads there."""
-    os.set_blocking(1, True)
-    with far, contextlib.suppress(OSError):
-        while data := far.recv(RECEIVE):
-            write_all(1, data)
-        return True
-    return False
+def pump(read: Callable[[], bytes], write: Callable[[bytes], object], end: Callable[[], None]) -> bool:
+    """Pass on what is read until its end; return False if it could not be written."""
+    written = False
+    with contextlib.suppress(OSError):
+        while data := read():
+            write(data)
+        written = True
+    with contextlib.suppress(OSError):
+        end()
+    return written
 
 
 def start_server(listener: socket.socket, handle: Callable[..., None], greenlets: Any) -> Any:
