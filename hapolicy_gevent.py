@@ -2609,7 +2609,7 @@ def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
             with blaming(f"{wanted[address]} '{address}'"):
                 opened[address] = sock = open_listener(address, options.socket_mode, options.reuse_port > 0)
             if address.family == socket.AF_UNIX:
-                undo.callback(os.unlink, sock.getsockname())
+                undo.callback(remove, sock.getsockname())
         for address in wanted:
             if address.family == socket.AF_UNIX:
                 with blaming(f"{wanted[address]} '{address}'"):
@@ -2630,6 +2630,12 @@ def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
     return sock
 
 
+def remove(path: str) -> None:
+    """Remove a file, if it is there. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def bind_beside(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
     """Bind beside a path at which nothing is, or a socket that nobody serves any more; with `reuse` any.
 
@@ -2643,8 +2649,7 @@ def bind_beside(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
             connect(socket.AF_UNIX, path).close()
             raise OSError('Address already in use')
     beside = os.path.join(os.path.dirname(path), f'.{os.getpid()}.{sock.fileno()}')
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(beside)  # of a process that ended in this moment, and had our pid
+    remove(beside)  # of a process that ended in this moment, and had our pid
     sock.bind(beside)
     os.chmod(beside, mode)
 
@@ -2657,11 +2662,12 @@ def inherited_listeners() -> dict[Address, socket.socket]:
     for fd in range(3, 3 + parse_number(os.environ.get('LISTEN_FDS', '0'), 'LISTEN_FDS', 0, 1000)):
         with blaming(f'descriptor {fd}, from systemd: allowed is ListenStream= with Accept=no'):
             sock = socket.socket(fileno=fd)
-            if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                raise OSError('it is not listening')
-        name: Any = sock.getsockname()
-        host, port = (name, 0) if sock.family == socket.AF_UNIX else name[:2]
-        listeners[Address(sock.family, os.fsdecode(host), port)] = sock
+            name: Any = sock.getsockname()
+            host, port = (name, 0) if sock.family == socket.AF_UNIX else name[:2]
+            address = Address(sock.family, os.fsdecode(host), port)
+            if address in listeners or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise OSError('it is not listening, or another one does there')
+            listeners[address] = sock
     return listeners
 
 
