@@ -735,8 +735,6 @@ def escaped(text: str) -> str:
 
 #: How the attributes begin that are logged of a request.
 LOGGED = [f'\n{name}=' for name in ('client_name', 'client_address', 'helo_name', 'sender', 'recipient', 'instance')]
-#: Without these no value of a mail can look like a field of the line.
-QUOTED = str.maketrans({' ': '\\x20', '<': '\\x3c', '>': '\\x3e'})
 
 
 def request_line(decision: Decision, request: bytes, delay: float) -> str:
@@ -749,9 +747,8 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
                 f'queries: {service.queries}, answers: {service.answers}, failed: {service.failed}')  # fmt: skip
     if CR in request:
         request = request.replace(b'\r\n', b'\n')
-    text = '\n' + request.decode('utf-8', 'backslashreplace')  # all at once, as it costs less than one by one
-    if ' ' in text or '<' in text or '>' in text:
-        text = text.translate(QUOTED)
+    # all at once, as it costs less than one by one; without a blank no value can look like a field
+    text = '\n' + request.decode('utf-8', 'backslashreplace').replace(' ', r'\x20')
     client, address, helo, sender, recipient, instance = [text.partition(name)[2].partition('\n')[0] for name in LOGGED]
     tail = escaped(f'client: {client}[{address}], helo: <{helo}>, from: <{sender}>, to: <{recipient}>, '
                    f"action: '{action.decode()}', instance: {instance}")  # fmt: skip

@@ -43,8 +43,9 @@ def test_a_request_line_without_a_service() -> None:
 def test_no_sender_can_make_a_value_look_like_a_field() -> None:
     mail = request(sender="a>, to: <b>, action: 'REJECT'", helo_name='x [1], from: <y')
     line = request_line((b'DUNNO', service(), 1, 'answered'), mail, 0)
-    assert re.findall(r'\w+: <(.*?)>', line)[1:] == [
-        r"a\x3e,\x20to:\x20\x3cb\x3e,\x20action:\x20'REJECT'", 'bob@example.org',
+    assert r"from: <a>,\x20to:\x20<b>,\x20action:\x20'REJECT'>, to: <bob@" in line
+    assert re.findall(r'\w+: <(.*?)>', line) == [
+        r'x\x20[1],\x20from:\x20<y', 'a', 'bob@example.org',
     ]  # fmt: skip
     assert line.count('to: ') == line.count('from: ') == line.count('action: ') == 1
 
