@@ -172,19 +172,15 @@ READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
 # ---------------------------------------------------------------------------
 
 
-class HapolicyError(Exception):
-    """Base of every error this module raises."""
-
-
-class UsageError(HapolicyError):
+class UsageError(Exception):
     """The user's: the command line cannot be used. The text names option, value and what is allowed."""
 
 
-class ListenError(HapolicyError):
+class ListenError(Exception):
     """The system's: an address cannot be listened on."""
 
 
-class InvalidAnswer(HapolicyError):
+class InvalidAnswer(Exception):
     """The service's: an answer that Postfix would misread, or none."""
 
 
@@ -194,7 +190,7 @@ TOO_LONG, TOO_SLOW, CUT_OFF, NOT_TAKEN, RESET = CLIENT_FAULTS = (
 )
 
 
-class ClientFault(HapolicyError):
+class ClientFault(Exception):
     """The client's: its connection is closed; `reason` is one of CLIENT_FAULTS."""
 
     def __init__(self, reason: str, text: str = '') -> None:
@@ -202,7 +198,7 @@ class ClientFault(HapolicyError):
         self.reason = reason
 
 
-class ServiceFailure(HapolicyError):
+class ServiceFailure(Exception):
     """The service's: a query got no usable answer; `reason` is one of FAILURES."""
 
     def __init__(self, reason: str, text: str) -> None:
@@ -2585,7 +2581,7 @@ def check_services(services: Sequence[Service]) -> int:
     status = 0
     for check in gevent.iwait([gevent.spawn(check_service, service) for service in services]):
         row = check.get()
-        status |= 'FAILED' in row
+        status |= row[2] == 'FAILED'
         with blaming('stdout'):
             line = '  '.join(map(str.ljust, row, widths)).rstrip()
             os.write(1, f'{line}\n'.encode('utf-8', 'backslashreplace'))
