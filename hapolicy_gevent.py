@@ -417,7 +417,8 @@ def parse_host(host: str) -> tuple[int, str]:
 
 def parse_address(text: str) -> tuple[Address, list[str]]:
     """Return the address at the head of `text`, and the fields behind it. Raises UsageError."""
-    host, *fields = re.split(r':(?![^[]*\])', text)  # at no colon in brackets
+    separator = ':' if text.startswith('unix:') else r':(?![^[]*\])'  # no colon in brackets
+    host, *fields = re.split(separator, text)
     if not fields:
         raise UsageError(f"'{text}' has no <address>:<port> (IPv4, [IPv6] or a host name) and is not unix:/path")
     if host == 'unix':

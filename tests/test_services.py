@@ -22,6 +22,7 @@ from hapolicy_gevent import UsageError, parse_action, parse_listen, parse_servic
         ('a=localhost:10031', 'localhost:10031', 10, 1, 30, 100),
         ('a=unix:/run/p.sock', 'unix:/run/p.sock', 10, 1, 30, 100),
         ('a=unix:/run/p.sock:5:2:1:3', 'unix:/run/p.sock', 5, 2, 1, 3),
+        ('a=unix:/run/[p]q:5', 'unix:/run/[p]q', 5, 1, 30, 100),
     ],
 )
 def test_a_service_is_read(text: str, where: str, prio: int, weight: int, timeout: float, maximum: int) -> None:
