@@ -2502,10 +2502,9 @@ def parse_command_line(argv: Sequence[str]) -> SimpleNamespace:
 
 def misused(argv: Sequence[str]) -> str:
     """Return which word of a command line docopt could not place."""
-    known = re.findall(r'(?<![\w-])--?[A-Za-z][a-z-]*', __doc__)
     for word in argv:
         name = word.partition('=')[0] if word.startswith('--') else word[:2]
-        if name.startswith('-') and not any(option.startswith(name) for option in known):
+        if name.startswith('-') and f' {name}' not in __doc__:
             return f"unknown option '{word}'"
     return f"cannot use '{' '.join(argv)}': a word is no option (quote values with blanks)"
 
@@ -2672,8 +2671,7 @@ def check_loops(services: Sequence[Service], where: Iterable[Address]) -> None:
         _, host, port = service.address
         local = '[::]' if host == '::1' else '0.0.0.0' if host.startswith('127.') or host == 'localhost' else '-'
         if {service.where, f'{local}:{port}'} & ours:
-            raise UsageError(f"--service '{service.name}': {service.where} is where clients are served: it would ask"
-                             ' itself; allowed is the address of a policy server')  # fmt: skip
+            raise UsageError(f"--service '{service.name}': {service.where} is hapolicy itself; give a policy server")
 
 
 def notify(state: str) -> None:
@@ -2707,8 +2705,8 @@ def limit_timeouts(services: Sequence[Service], deadline: float, log: Log) -> No
     """Leave each request time for a second service."""
     for service in services if len(services) > 1 else []:
         if service.timeout > deadline / 2:
-            log(WARNING, f'The timeout of {service.name}, {service.timeout:g}s, is cut to half of --deadline'
-                         f' {deadline:g}s: else a server that hangs would leave no time for another')  # fmt: skip
+            log(WARNING, f'The timeout of {service.name}, {service.timeout:g}s,'
+                         f' is cut to half of --deadline {deadline:g}s')  # fmt: skip
             service.timeout = deadline / 2
 
 
