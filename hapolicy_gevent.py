@@ -789,8 +789,7 @@ class SyslogSink:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.settimeout(1)  # a daemon that hangs: one line a second is given up
 
-    def _send(self, level: int, text: str) -> bool:
-        line = f'<{2 << 3 | level}>{time.strftime("%b %e %H:%M:%S")} hapolicy[{os.getpid()}]: {text}'
+    def _send(self, line: str) -> bool:
         for _ in range(2):  # the second time to a daemon that was not there yet, or restarted
             try:
                 return self._socket.send(line.encode('utf-8', 'backslashreplace')) > 0
@@ -803,7 +802,8 @@ class SyslogSink:
 
     def write(self, lines: Sequence[Line]) -> int:
         """Send lines; return how many are lost."""
-        lost = [line for line in lines if not self._send(*line)]
+        head = f'>{time.strftime("%b %e %H:%M:%S")} hapolicy[{os.getpid()}]: '
+        lost = [(level, text) for level, text in lines if not self._send(f'<{2 << 3 | level}{head}{text}')]
         return self._fallback.write(lost) if lost and self._fallback is not None else len(lost)
 
 
