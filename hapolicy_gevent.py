@@ -744,8 +744,9 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
                 f'queries: {service.queries}, answers: {service.answers}, failed: {service.failed}')  # fmt: skip
     if CR in request:
         request = request.replace(b'\r\n', b'\n')
-    # all at once, as it costs less than one by one; without a blank no value can look like a field
-    text = '\n' + request.decode('utf-8', 'backslashreplace').replace(' ', r'\x20')
+    if SPACE in request:  # without one no value can look like a field
+        request = request.replace(b' ', rb'\x20')
+    text = '\n' + request.decode('utf-8', 'backslashreplace')  # all at once, as it costs less than one by one
     client, address, helo, sender, recipient, instance = [text.partition(name)[2].partition('\n')[0] for name in LOGGED]
     tail = escaped(f'client: {client}[{address}], helo: <{helo}>, from: <{sender}>, to: <{recipient}>, '
                    f"action: '{action.decode()}', instance: {instance}")  # fmt: skip
