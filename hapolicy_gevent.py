@@ -1,13 +1,8 @@
 #!/usr/bin/env python3
-from __future__ import annotations
-
-# assigned, as mypyc leaves a bare docstring out
-__doc__ = """hapolicy - policy delegation high availability proxy
+"""hapolicy - policy delegation high availability proxy
 
 Usage:
-  hapolicy [options] [--service=<service>]... [--listen=WHERE]...
-  hapolicy -h | --help
-  hapolicy --version
+  hapolicy [options]... [--]
 
 Stands between Postfix and its policy servers: picks a service for every
 request by prio and weight, asks the next one when a service fails, and
@@ -66,13 +61,14 @@ Exit status:
   With --check-services: 0 if every service answered, 1 if not
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import functools
 import heapq
 import itertools
 import math
-import operator
 import os
 import re
 import resource
@@ -83,9 +79,10 @@ import stat
 import sys
 import time
 import warnings
-from bisect import bisect_right
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import gevent
@@ -111,8 +108,6 @@ MAX_MESSAGE = 65536
 RECEIVE = 8192
 
 DEFAULT_PRIO, DEFAULT_WEIGHT = 10, 1
-#: Turns of a service in a cycle, which is laid out in memory: HAProxy's.
-MAX_WEIGHT = 256
 #: Seconds; the ancestor's, above the 20 s that SPF servers allow themselves.
 DEFAULT_TIMEOUT = 30.0
 #: Requests in flight per service: Postfix's default_process_limit.
@@ -166,27 +161,8 @@ TOO_SHORT, MIN_DEADLINE = 0.005, 0.1
 #: gives no answers, which is mostly the doing of a slow message.
 PATIENCE, STALLED_AFTER = 0.1, 1.0
 
-#: HTTP connections served at once, the seconds each may last, and bytes of a request's headers.
-STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
-#: Seconds for which a client is read that has its answer, and more to send; and between two pieces of that.
-STATUS_LINGER, STATUS_PAUSE = 0.3, 0.02
-#: Seconds for which what was built for one is given to others too.
-STATUS_FRESH = 0.25
-#: Seconds between two samples of the counters, and how many are kept: ten minutes.
-SAMPLE_SECONDS, SAMPLES = 5.0, 121
-#: Seconds that the rate on the status page looks back, and its shares and quantiles.
-RATE_SECONDS, SHARE_SECONDS = 10.0, 60.0
-
-#: Connections the kernel holds for us: a `postfix reload` brings them all at once.
-BACKLOG = 1024
-#: Descriptors kept back for listeners, log, epoll, probes and resolving.
-RESERVED_DESCRIPTORS = 16
-#: Log lines waiting for the log daemon; more are dropped and counted.
-MAX_LOG_LINES = 10000
-#: Lines written at once.
-LOG_BATCH = 200
-#: Bytes of one log line; longer ones are cut, as rsyslog does at 8 kB.
-MAX_LOG_LINE = 8000
+#: Log lines that wait for the log daemon, and characters of one: rsyslog cuts at 8 kB, too.
+MAX_LOG_LINES, MAX_LOG_LINE = 10000, 8000
 
 NUL, LF, CR, SPACE = b'\0\n\r '  # numbers: `CR in data` takes a fourth of `b'\r' in data`, which tries a number first
 SWITCH_TO = greenlet.switch
@@ -197,29 +173,25 @@ READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
 # ---------------------------------------------------------------------------
 
 
-class HapolicyError(Exception):
-    """Base of every error this module raises."""
-
-
-class UsageError(HapolicyError):
+class UsageError(Exception):
     """The user's: the command line cannot be used. The text names option, value and what is allowed."""
 
 
-class ListenError(HapolicyError):
+class ListenError(Exception):
     """The system's: an address cannot be listened on."""
 
 
-class InvalidAnswer(HapolicyError):
+class InvalidAnswer(Exception):
     """The service's: an answer that Postfix would misread, or none."""
 
 
 #: Why a client's connection is closed.
-TOO_LONG, TOO_SLOW, CUT_OFF = 'request too long', 'request too slow', 'left in mid-request'
-NOT_TAKEN, RESET = 'answer not taken', 'reset by the client'
-CLIENT_FAULTS = (TOO_LONG, TOO_SLOW, CUT_OFF, NOT_TAKEN, RESET)
+TOO_LONG, TOO_SLOW, CUT_OFF, NOT_TAKEN, RESET = CLIENT_FAULTS = (
+    'request too long', 'request too slow', 'left in mid-request', 'answer not taken', 'reset by the client',
+)
 
 
-class ClientFault(HapolicyError):
+class ClientFault(Exception):
     """The client's: its connection is closed; `reason` is one of CLIENT_FAULTS."""
 
     def __init__(self, reason: str, text: str = '') -> None:
@@ -227,7 +199,7 @@ class ClientFault(HapolicyError):
         self.reason = reason
 
 
-class ServiceFailure(HapolicyError):
+class ServiceFailure(Exception):
     """The service's: a query got no usable answer; `reason` is one of FAILURES."""
 
     def __init__(self, reason: str, text: str) -> None:
@@ -365,9 +337,8 @@ VERDICT_OF |= {word.upper(): kind for word, kind in VERDICT_OF.items()}  # as mo
 def verdict(action: bytes) -> str:
     """Return which of VERDICTS an action is; a reply code counts as its class (access(5))."""
     word = action.split(None, 1)[0].lower()
-    code = re.match(rb'([45])[0-9][0-9](\.|$)', word)
-    if code is not None:
-        return REJECT if code[1] == b'5' else DEFER
+    if re.match(rb'[45][0-9][0-9](\.|$)', word):
+        return DEFER if word.startswith(b'4') else REJECT
     return VERDICT_OF.get(word, OTHER)
 
 
@@ -390,26 +361,21 @@ class Latency:
         return self.sum / max(1, sum(self._counts))
 
     def counts(self) -> list[int]:
-        """Return queries by bound. Sorts in what was added, which takes memory until then: cheaper than one by one."""
+        """Return queries by bound. What was added since the last call takes memory until then."""
         self.sum += sum(self._added)
-        self._added.sort()
-        ends = [bisect_right(self._added, bound) for bound in self.BOUNDS]
-        for place, (below, end) in enumerate(itertools.pairwise((0, *ends, len(self._added)))):
-            self._counts[place] += end - below
+        for seconds in self._added:
+            self._counts[bisect_left(self.BOUNDS, seconds)] += 1
         self._added.clear()
         return self._counts
 
     @classmethod
-    def quantile(cls, counts: Sequence[int], part: float) -> float | None:
+    def quantile(cls, counts: Sequence[float], part: float) -> float | None:
         """Return the bound in seconds that so large a part of what was counted keeps to; None of nothing."""
         rank = part * sum(counts)
         for bound, seen in zip((*cls.BOUNDS, math.inf), itertools.accumulate(counts), strict=True):
             if seen >= rank > 0:
                 return bound
         return None
-
-
-HOST_NAME = re.compile(r'(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?')
 
 
 class Address(NamedTuple):
@@ -427,42 +393,40 @@ class Address(NamedTuple):
 
 def parse_number(text: str, what: str, low: int, high: int) -> int:
     """Return a whole number of ASCII digits in low..high. Raises UsageError."""
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
+    if not re.fullmatch('[0-9]{1,10}', text) or not low <= int(text) <= high:
         raise UsageError(f"{what} '{text}' is not a whole number from {low} to {high}")
     return int(text)
 
 
-def parse_seconds(text: str, what: str) -> float:
-    """Return a time in seconds, above 0 and at most a day. Raises UsageError."""
-    if not (re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}', text) and 0 < float(text) <= 86400):
-        raise UsageError(f"{what} '{text}' is not a number of seconds above 0 and up to 86400")
+def parse_seconds(text: str, what: str, low: float = 0.001) -> float:
+    """Return a time in seconds, a day at most. Raises UsageError."""
+    if not re.fullmatch(r'[0-9]+(\.[0-9]*)?|\.[0-9]+', text) or not low <= float(text) <= 86400:
+        raise UsageError(f"{what} '{text}' is not a number of seconds from {low:g} to 86400")
     return float(text)
 
 
-def parse_host(host: str, bracketed: bool) -> int:
-    """Return the family of a host as written. Raises UsageError."""
-    family = socket.AF_INET6 if bracketed else socket.AF_INET
+def parse_host(host: str) -> tuple[int, str]:
+    """Return the family of a host as it is written, and the host without brackets. Raises UsageError."""
+    in_brackets = re.fullmatch(r'\[([^%]*)(%[A-Za-z0-9._-]+)?\]', host)
     with contextlib.suppress(OSError, ValueError):
-        socket.inet_pton(family, re.sub(r'%[A-Za-z0-9._-]+$', '', host) if bracketed else host)
-        return family
-    if bracketed or not HOST_NAME.fullmatch(host) or re.fullmatch(r'[0-9.]+', host) or len(host) > 253:
-        raise UsageError(f"address '{host}' is not an IPv4 address, [IPv6] address, host name or unix:/path")
-    return socket.AF_UNSPEC
+        socket.inet_pton(socket.AF_INET6 if in_brackets else socket.AF_INET, in_brackets[1] if in_brackets else host)
+        return (socket.AF_INET6, host[1:-1]) if in_brackets else (socket.AF_INET, host)
+    if re.fullmatch(r'(?![0-9.]*$)(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?', host) and len(host) < 254:
+        return socket.AF_UNSPEC, host
+    raise UsageError(f"address '{host}' is not an IPv4 address, [IPv6] address, host name or unix:/path")
 
 
-def parse_address(text: str) -> tuple[Address, str]:
-    """Return the address at the head of `text` and what follows it, its colon included. Raises UsageError."""
-    if text.startswith('unix:'):
-        path, colon, rest = text[5:].partition(':')
-        if not path.startswith('/') or len(os.fsencode(path)) > 107 or '\0' in path:
-            raise UsageError(f"unix socket '{path}' is not an absolute path of at most 107 bytes")
-        return Address(socket.AF_UNIX, path, 0), colon + rest
-    found = re.fullmatch(r'(?:\[([^]]*)\]|([^:]*)):([^:]*)(.*)', text, re.DOTALL)
-    if not found:
+def parse_address(text: str) -> tuple[Address, list[str]]:
+    """Return the address at the head of `text`, and the fields behind it. Raises UsageError."""
+    separator = ':' if text.startswith('unix:') else r':(?![^[]*\])'  # no colon in brackets
+    host, *fields = re.split(separator, text)
+    if not fields:
         raise UsageError(f"'{text}' has no <address>:<port> (IPv4, [IPv6] or a host name) and is not unix:/path")
-    host = found[1] if found[1] is not None else found[2]
-    family = parse_host(host, found[1] is not None)
-    return Address(family, host, parse_number(found[3], 'port', 1, 65535)), found[4]
+    if host == 'unix':
+        if not fields[0].startswith('/') or len(os.fsencode(fields[0])) > 107 or '\0' in fields[0]:
+            raise UsageError(f"unix socket '{fields[0]}' is not an absolute path of at most 107 bytes")
+        return Address(socket.AF_UNIX, fields[0], 0), fields[1:]
+    return Address(*parse_host(host), parse_number(fields[0], 'port', 1, 65535)), fields[1:]
 
 
 class Settings:
@@ -582,20 +546,19 @@ class Service(Settings):
 
 def parse_service(text: str) -> Service:
     """Return the service of a -s option. Raises UsageError naming the value and what is allowed."""
-    name, equals, rest = text.partition('=')
+    name, _, rest = text.partition('=')
     try:
-        if not equals or not name.strip() or not name.isprintable() or len(name) > 64:
-            raise UsageError('<name>= of 1 to 64 printable characters is missing')
-        address, rest = parse_address(rest)
-        fields = rest.split(':')[1:]
-        if len(fields) > 4 and (len(fields) > 5 or fields[4]):
-            raise UsageError(f"':{fields[4]}' is one field too many")
+        if not name.strip() or not name.isprintable() or len(name) > 64:
+            raise UsageError(f"the name '{name}' is not 1 to 64 printable characters")
+        address, fields = parse_address(rest)
+        if any(fields[4:]):
+            raise UsageError(f"':{':'.join(fields[4:])}' is one field too many")
         prio, weight, timeout, maximum = (fields + [''] * 4)[:4]
         return Service(name, address,
-                       parse_number(prio or str(DEFAULT_PRIO), 'prio', 1, 10**9),
-                       parse_number(weight or str(DEFAULT_WEIGHT), 'weight', 1, MAX_WEIGHT),
-                       parse_seconds(timeout or str(DEFAULT_TIMEOUT), 'timeout'),
-                       parse_number(maximum or str(DEFAULT_MAX), 'max', 1, 10**6))  # fmt: skip
+                       parse_number(prio, 'prio', 1, 10**9) if prio else DEFAULT_PRIO,
+                       parse_number(weight, 'weight', 1, 256) if weight else DEFAULT_WEIGHT,  # 256: HAProxy's
+                       parse_seconds(timeout, 'timeout') if timeout else DEFAULT_TIMEOUT,
+                       parse_number(maximum, 'max', 1, 10**6) if maximum else DEFAULT_MAX)  # fmt: skip
     except UsageError as error:
         raise UsageError(f"--service '{text}': {error}; allowed is"
                          ' <name>=<address>:<port>[:<prio>[:<weight>[:<timeout>[:<max>]]]]'
@@ -700,20 +663,17 @@ class Balancer:
 # Statistics and log lines
 # ---------------------------------------------------------------------------
 
-#: Every counter of the proxy: name, help.
-COUNTERS = (
-    ('requests', 'complete requests read from clients'),
-    ('answers', 'answers of services passed on to clients'),
-    ('redispatches', 'requests handed to the next service after a failure'),
-    ('retries', 'requests sent again to the same service, as a used connection had ended'),
-    ('clients', 'client connections accepted'),
-)
+#: The proxy's counters, as log and status name them.
+COUNTERS = ('requests', 'answers', 'redispatches', 'retries', 'clients')
 #: Why a default action was given.
 NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY = 'no service is up', 'all services failed', 'deadline', 'not a request'
 
-WARNING, NOTICE, INFO = 4, 5, 6
-LEVELS = {WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
-LOG_MAIL = 2 << 3
+ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6
+LEVELS = {ERROR: 'error', WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
+#: Severity and text of a line for the log.
+Line: TypeAlias = 'tuple[int, str]'
+#: What a request got: the action, the service asked last, how many were asked, and why.
+Decision: TypeAlias = 'tuple[bytes, Service | None, int, str]'
 
 
 class Statistics:
@@ -724,56 +684,38 @@ class Statistics:
         self.defaults = dict.fromkeys((NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY), 0)
         self.refused = dict.fromkeys(CLIENT_FAULTS, 0)
 
-    def totals(self) -> list[int]:
-        """Return how many requests there were, and what they got: answers and default actions."""
-        return [self.requests, self.answers, sum(self.defaults.values())]
-
     def __str__(self) -> str:
-        counted = [f'{name}: {getattr(self, name)}' for name, _ in COUNTERS]
+        counted = [f'{name}: {getattr(self, name)}' for name in COUNTERS]
         return ', '.join([*counted, f'defaults: {sum(self.defaults.values())}'])
 
 
-class Sample(NamedTuple):
-    """The counters of one service at one moment, or between two."""
+def sample(service: Service) -> list[Any]:
+    """Return the counters of a service: monotonic seconds, answers, failures, and answers by bound of its Latency."""
+    return [time.monotonic(), service.answers, service.failed, *service.latency.counts()]
 
-    when: float  # monotonic seconds
-    answers: int
-    failed: int
-    counts: list[int]  # of its Latency
 
-    @classmethod
-    def of(cls, service: Service) -> Sample:
-        """Return the counters as they are now."""
-        return cls(time.monotonic(), service.answers, service.failed, service.latency.counts().copy())
-
-    def after(self, base: Sample) -> Sample:
-        """Return what was counted since an earlier sample; `when` is how many seconds that is."""
-        counts = list(map(operator.sub, self.counts, base.counts))
-        return Sample(self.when - base.when, self.answers - base.answers, self.failed - base.failed, counts)
+def difference(new: Iterable[Any], old: Iterable[Any]) -> list[Any]:
+    """Return what was counted between two samples."""
+    return [after - before for after, before in zip(new, old, strict=True)]
 
 
 def summaries(statistics: Statistics, services: Sequence[Service]) -> Iterator[str]:
     """Yield a line for the log of what happened since the last, '' if there was no request, as at first."""
-    old, before = list(map(Sample.of, services)), statistics.totals()
+    before: list[list[Any]] = []
     while True:
-        new, now = list(map(Sample.of, services)), statistics.totals()
-        requests, answers, defaults = map(operator.sub, now, before)
-        since = list(map(Sample.after, new, old))
-        slowest = [f'{service.name} {milliseconds(Latency.quantile(sample.counts, 0.99))}'
-                   for service, sample in zip(services, since, strict=True)]  # fmt: skip
-        old, before = new, now
-        failures = sum(sample.failed for sample in since)
-        yield (f'summary of {since[0].when:.0f}s, requests: {requests}, answers: {answers}, defaults: {defaults}, '
-               f'failures: {failures}, p99: {", ".join(slowest)}' if requests else '')  # fmt: skip
+        now = [[statistics.requests, statistics.answers, sum(statistics.defaults.values())], *map(sample, services)]
+        total, *since = map(difference, now, before or now)
+        slowest = [f'{service.name} {milliseconds(Latency.quantile(counts, 0.99))}'
+                   for service, (_, _, _, *counts) in zip(services, since, strict=True)]  # fmt: skip
+        before = now
+        yield (f'summary of {since[0][0]:.0f}s, requests: {total[0]}, answers: {total[1]}, defaults: {total[2]}, '
+               f'failures: {sum(counted[2] for counted in since)}, p99: {", ".join(slowest)}'
+               if total[0] else '')  # fmt: skip
 
 
 def milliseconds(bound: float | None) -> str:
     """Return a quantile for people."""
     return '-' if bound is None else 'over 100 s' if bound == math.inf else f'{bound * 1000:.4g} ms'
-
-
-#: What a request got: the action, the service asked last, how many were asked, and why.
-Decision: TypeAlias = 'tuple[bytes, Service | None, int, str]'
 
 
 def printable(value: bytes) -> str:
@@ -788,8 +730,8 @@ def escaped(text: str) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
-#: How the attributes begin that are told of a request.
-TOLD = [f'\n{name}=' for name in ('client_name', 'client_address', 'helo_name', 'sender', 'recipient', 'instance')]
+#: How the attributes begin that are logged of a request.
+LOGGED = [f'\n{name}=' for name in ('client_name', 'client_address', 'helo_name', 'sender', 'recipient', 'instance')]
 
 
 def request_line(decision: Decision, request: bytes, delay: float) -> str:
@@ -802,21 +744,24 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
                 f'queries: {service.queries}, answers: {service.answers}, failed: {service.failed}')  # fmt: skip
     if CR in request:
         request = request.replace(b'\r\n', b'\n')
+    if SPACE in request:  # without one no value can look like a field
+        request = request.replace(b' ', rb'\x20')
     text = '\n' + request.decode('utf-8', 'backslashreplace')  # all at once, as it costs less than one by one
-    client, address, helo, sender, recipient, instance = [text.partition(name)[2].partition('\n')[0] for name in TOLD]
-    told = escaped(f'client: {client}[{address}], helo: <{helo}>, from: <{sender}>, to: <{recipient}>, '
+    client, address, helo, sender, recipient, instance = [text.partition(name)[2].partition('\n')[0] for name in LOGGED]
+    tail = escaped(f'client: {client}[{address}], helo: <{helo}>, from: <{sender}>, to: <{recipient}>, '
                    f"action: '{action.decode()}', instance: {instance}")  # fmt: skip
-    return f'{head}, delay: {delay:.3f}s, {told}, tries: {tries}, why: {why}'
-
-
-#: Severity and text.
-Line: TypeAlias = 'tuple[int, str]'
+    return f'{head}, delay: {delay:.3f}s, {tail}, tries: {tries}, why: {why}'
 
 
 def write_all(fd: int, data: bytes) -> None:
     """Write to stdout or stderr in a thread: whatever reads the other end may stop reading. Raises OSError."""
     while data:
         data = data[gevent.get_hub().threadpool.apply(os.write, (fd, data)) :]
+
+
+def level_mark(level: int) -> str:
+    """Return how a line on stderr tells systemd its level (sd-daemon(3))."""
+    return f'<{level}>' if 'JOURNAL_STREAM' in os.environ else ''
 
 
 class StreamSink:
@@ -827,7 +772,7 @@ class StreamSink:
 
     def write(self, lines: Sequence[Line]) -> int:
         """Write lines; return how many are lost."""
-        text = ''.join([f'[LOG {LEVELS[level]}]: {text}\n' for level, text in lines])
+        text = ''.join([f'{level_mark(level)}[LOG {LEVELS[level]}]: {text}\n' for level, text in lines])
         try:
             write_all(self._fd, text.encode('utf-8', 'backslashreplace'))
         except OSError:
@@ -845,10 +790,10 @@ class SyslogSink:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.settimeout(1)  # a daemon that hangs: one line a second is given up
 
-    def _send(self, line: bytes) -> bool:
+    def _send(self, line: str) -> bool:
         for _ in range(2):  # the second time to a daemon that was not there yet, or restarted
             try:
-                return self._socket.send(line) > 0
+                return self._socket.send(line.encode('utf-8', 'backslashreplace')) > 0
             except TimeoutError:
                 return False
             except OSError:
@@ -858,11 +803,8 @@ class SyslogSink:
 
     def write(self, lines: Sequence[Line]) -> int:
         """Send lines; return how many are lost."""
-        tail = f'>{time.strftime("%b %e %H:%M:%S")} hapolicy[{os.getpid()}]: '
-        lost = []
-        for level, text in lines:
-            if not self._send(f'<{LOG_MAIL | level}{tail}{text}'.encode('utf-8', 'backslashreplace')):
-                lost.append((level, text))
+        head = f'>{time.strftime("%b %e %H:%M:%S")} hapolicy[{os.getpid()}]: '
+        lost = [(level, text) for level, text in lines if not self._send(f'<{2 << 3 | level}{head}{text}')]
         return self._fallback.write(lost) if lost and self._fallback is not None else len(lost)
 
 
@@ -872,9 +814,8 @@ class Log:
     def __init__(self, sink: StreamSink | SyslogSink, requests: bool = False, verbose: bool = False) -> None:
         self.requests, self.verbose = requests or verbose, verbose
         self.lost = 0
-        self._lost_told = 0
         self._sink = sink
-        self._lines: deque[Line] = deque()
+        self._lines: list[Line] = []
         self._more = gevent.event.Event()
         gevent.spawn(self._write)
 
@@ -883,24 +824,22 @@ class Log:
         if len(self._lines) >= MAX_LOG_LINES:
             self.lost += 1
             return
-        if len(text) > MAX_LOG_LINE:
-            text = text[:MAX_LOG_LINE] + '...'
-        self._lines.append((level, text))
+        self._lines.append((level, text if len(text) <= MAX_LOG_LINE else text[:MAX_LOG_LINE] + '...'))
         if not self._more.is_set():
             self._more.set()
 
     def _write(self) -> None:
-        while True:
-            self._more.wait()
+        reported = 0
+        while self._more.wait():
             while self._lines:
-                batch = [self._lines.popleft() for _ in range(min(len(self._lines), LOG_BATCH))]
-                lost = len(batch)
+                lines, self._lines = self._lines, []
+                lost = len(lines)
                 with contextlib.suppress(Exception):  # of a thread that cannot be had, say: the log goes on
-                    lost = self._sink.write(batch)
+                    lost = self._sink.write(lines)
                 self.lost += lost
-                if not lost and self.lost > self._lost_told:
-                    self._lines.append((WARNING, f'{self.lost - self._lost_told} log lines were lost'))
-                    self._lost_told = self.lost
+                if not lost and self.lost > reported:
+                    self._lines.append((WARNING, f'{self.lost - reported} log lines were lost'))
+                    reported = self.lost
             self._more.clear()
 
     def close(self, seconds: float = 1.0) -> None:
@@ -2142,31 +2081,39 @@ class Proxy:
 # Status endpoint. What only it needs is imported when it starts: under spawn(8) nobody pays for it.
 # ---------------------------------------------------------------------------
 
-
-def lasting(seconds: float) -> str:
-    """Return a time as a person says it: '12 s', '3 min', '2 h 5 min', '3 d 4 h'."""
-    minutes = int(seconds) // 60
-    if minutes < 1:
-        return f'{int(seconds)} s'
-    if minutes < 60:
-        return f'{minutes} min'
-    hours = minutes // 60
-    return f'{hours} h {minutes % 60} min' if hours < 48 else f'{hours // 24} d {hours % 24} h'
-
-
-def clock(when: float) -> str:
-    """Return a unix time as the server's clock shows it, with its date if that was another day."""
-    there = time.localtime(when)
-    today = there[:3] == time.localtime()[:3]
-    return time.strftime('%H:%M' if today else '%Y-%m-%d %H:%M', there)
-
+#: HTTP connections served at once, the seconds each may last, and bytes of a request's head.
+STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
+#: Seconds between two samples of the counters, and how many are kept: ten minutes.
+SAMPLE_SECONDS, SAMPLES = 5.0, 121
 
 #: Method and path; also of a proxy, which sends the whole address.
 HTTP_REQUEST = rb'([!-~]+) (?:http://[^/ ]*)?(/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n'
+#: Headers of every answer. The page may use its own style and script, and what comes from us.
+HTTP_HEADERS = """\
+Content-Security-Policy: default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; \
+connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'
+X-Content-Type-Options: nosniff
+Referrer-Policy: no-referrer
+Cross-Origin-Resource-Policy: same-origin
+Cache-Control: no-store
+Allow: GET, HEAD
+Connection: close
+"""
+
+#: Counters of each service, as sample() has them; under None seconds and how many default actions were returned.
+Counts: TypeAlias = 'dict[Service | None, list[Any]]'
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it, of the largest unit that it has two of: '90 s', '3 min', '26 h', '4 d'."""
+    for size, unit in (86400, 'd'), (3600, 'h'), (60, 'min'):
+        if seconds >= 2 * size:
+            return f'{seconds // size:.0f} {unit}'
+    return f'{seconds // 1:.0f} s'
 
 
 class Status:
-    """What the proxy tells of itself by HTTP: it only reads counters.
+    """What the proxy reports of itself by HTTP: it only reads counters.
 
     /             the page for people: a constant, filled every 2 s from status.json
     /status.json  all of it for programs; docs/operations.md has the fields
@@ -2180,275 +2127,204 @@ class Status:
     def __init__(self, proxy: Proxy, default: bytes, log: Log) -> None:
         import base64
         import hashlib
-        import json
 
         self._proxy, self._default, self._log = proxy, printable(default), log
-        self._services = [pool.service for pool in proxy.queue.balancer.pools]
         self._started = time.monotonic()
-        # the last ten minutes, sampled: requests pay nothing for it
-        self._samples = {service: deque([Sample.of(service)], maxlen=SAMPLES) for service in self._services}
-        self._given = deque([(self._started, 0)], maxlen=SAMPLES)  # default actions
-        self._fresh: dict[str, tuple[float, bytes]] = {}
-        self._dumps = functools.partial(json.dumps, separators=(',', ':'), allow_nan=False)
-        self._metrics: Callable[[], bytes] | None = None
+        self._services = sorted(proxy.pools, key=lambda service: service.prio)
+        self._samples = deque([self._sample()], maxlen=SAMPLES)  # requests pay nothing for it
+        self._pages: dict[bytes, tuple[str, Callable[[], bytes]]] = {
+            b'/': ('text/html', STATUS_PAGE.encode), b'/status.json': ('application/json', self._json)}  # fmt: skip
         with contextlib.suppress(ImportError):  # here: in the first scrape it would hold up mail for 0.1 s
             from prometheus_client import CollectorRegistry, generate_latest
 
             registry = CollectorRegistry()
             registry.register(self)
-            self._metrics = functools.partial(generate_latest, registry)
-        style, script = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-                         for text in re.findall(r'<(?:style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)]  # fmt: skip
-        policy = (f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}';"
-                  " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
-                  " frame-ancestors 'none'")  # fmt: skip
-        self._headers = [
-            f'Content-Security-Policy: {policy}',
-            'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer', 'Cache-Control: no-store',
-            'Cross-Origin-Resource-Policy: same-origin', 'Allow: GET, HEAD', 'Connection: close',
-        ]  # fmt: skip
-        gevent.spawn(self._sample)
+            self._pages[b'/metrics'] = 'text/plain; version=0.0.4', functools.partial(generate_latest, registry)
+        # built anew four times a second at most: mail does not pay for who asks too often
+        self._built = functools.lru_cache(len(self._pages))(lambda build, _: build())
+        hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                  for name, text in re.findall(r'<(style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)}  # fmt: skip
+        self._headers = HTTP_HEADERS.format(**hashes).replace('\n', '\r\n')
+        gevent.spawn(self._keep_samples)
 
-    def _sample(self) -> None:
+    def _sample(self) -> Counts:
+        given = sum(self._proxy.statistics.defaults.values())
+        return {None: [time.monotonic(), given], **{service: sample(service) for service in self._services}}
+
+    def _keep_samples(self) -> None:
         while True:
             gevent.sleep(SAMPLE_SECONDS)
-            for service, samples in self._samples.items():
-                samples.append(Sample.of(service))
-            self._given.append((time.monotonic(), sum(self._proxy.statistics.defaults.values())))
+            self._samples.append(self._sample())
+
+    def _lately(self, seconds: float) -> Counts:
+        """Return what was counted in the last so many seconds, up to one sample more; all, while there is less."""
+        now = self._sample()
+        old = (before for before in reversed(self._samples) if now[None][0] - before[None][0] >= seconds)
+        before = next(old, self._samples[0])
+        return {key: difference(counted, before[key]) for key, counted in now.items()}
 
     # -- HTTP
 
     def handle(self, sock: socket.socket, _address: object = None) -> None:
         """Answer one request and end: what StreamServer calls for each connection. Headers are skipped."""
         with sock, contextlib.suppress(OSError), gevent.Timeout(STATUS_SECONDS, TimeoutError()):
-            head, end = b'', 0
-            while not end and len(head) < STATUS_HEAD and (data := sock.recv(STATUS_HEAD - len(head))):
+            head = b''
+            while not end_of_message(head) and (data := sock.recv(STATUS_HEAD - len(head))):
                 head += data
-                end = end_of_message(head)
-            sock.sendall(self._respond(head[:end]))
+            sock.sendall(self._respond(head[: end_of_message(head)]))
             sock.shutdown(socket.SHUT_WR)
             # what is unread at the end would reset the connection, and our answer with it
-            with gevent.Timeout(STATUS_LINGER, TimeoutError()):
+            with gevent.Timeout(0.3, TimeoutError()):
                 while sock.recv(RECEIVE):
-                    gevent.sleep(STATUS_PAUSE)
+                    gevent.sleep(0.02)
 
-    def _respond(self, head: bytes) -> bytes:
+    def _respond(self, request: bytes) -> bytes:
         """Return the answer to the head of a request (RFC 9112)."""
-        code, kind, body = '400 Bad Request', 'text/plain', b'not understood\n'
-        asked = re.match(HTTP_REQUEST, head)
-        if asked:
-            code, kind, body = '405 Method Not Allowed', 'text/plain', b'only GET and HEAD are answered\n'
-            if asked[1] in (b'GET', b'HEAD'):
-                code, kind, body = self._answer(asked[2].decode('latin-1'))
-        date = time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())
-        lines = [f'HTTP/1.1 {code}', f'Date: {date}', f'Content-Type: {kind}; charset=utf-8',
-                 f'Content-Length: {len(body)}', *self._headers, '', '']  # fmt: skip
-        return '\r\n'.join(lines).encode() + (body if not asked or asked[1] != b'HEAD' else b'')
+        asked = re.match(HTTP_REQUEST, request)
+        method, path = asked.groups() if asked else (b'', b'')
+        code, kind, body = self._answer(method, path)
+        head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
+        return f'{head}{self._headers}\r\n'.encode() + (b'' if method == b'HEAD' else body)
 
-    def _answer(self, path: str) -> tuple[str, str, bytes]:
-        """Return status, type and body for a path."""
-        if path == '/':
-            return '200 OK', 'text/html', STATUS_PAGE.encode()
-        if path == '/status.json':
-            return '200 OK', 'application/json', self._kept(path, lambda: self._dumps(self.data()).encode())
-        if path == '/health':
-            ill = self.ill()
-            return ('503 Service Unavailable' if ill else '200 OK'), 'text/plain', f'{ill or "ok"}\n'.encode()
-        if path != '/metrics':
-            return '404 Not Found', 'text/plain', b'there are /, /status.json, /metrics and /health\n'
-        if self._metrics is None:
-            return '501 Not Implemented', 'text/plain', NO_PROMETHEUS
-        return '200 OK', 'text/plain; version=0.0.4', self._kept(path, self._metrics)
+    def _answer(self, method: bytes, path: bytes) -> tuple[str, str, bytes]:
+        """Return status, type and body."""
+        if not method:
+            return '400 Bad Request', 'text/plain', b'not understood\n'
+        if method not in (b'GET', b'HEAD'):
+            return '405 Method Not Allowed', 'text/plain', b'only GET and HEAD are answered\n'
+        if path in self._pages:
+            kind, build = self._pages[path]
+            return '200 OK', kind, self._built(build, int(time.monotonic() * 4))
+        if path == b'/metrics':
+            install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
+            return '501 Not Implemented', 'text/plain', f'{install}, then restart hapolicy\n'.encode()
+        if path == b'/health':
+            why = self.unhealthy()
+            return '503 Service Unavailable' if why else '200 OK', 'text/plain', f'{why or "ok"}\n'.encode()
+        return '404 Not Found', 'text/plain', b'there are /, /status.json, /metrics and /health\n'
 
-    def _kept(self, path: str, build: Callable[[], bytes]) -> bytes:
-        """Return a body, built anew four times a second at most: mail does not pay for who asks too often."""
-        until, body = self._fresh.get(path, (0.0, b''))
-        if time.monotonic() >= until:
-            body = build()
-            self._fresh[path] = time.monotonic() + STATUS_FRESH, body
-        return body
-
-    def ill(self) -> str:
+    def unhealthy(self) -> str:
         """Return why no new client should be sent here, '' if there is no reason."""
         if self._proxy.draining:
             return 'draining'
-        able = any(self.able(service) for service in self._services)
+        able = any(map(self.able, self._services))
         return '' if able else f"no service is up: '{self._default}' is given to every request"
 
     def able(self, service: Service) -> bool:
         """Tell whether a service may get the next mail: it is up, or a trial is free."""
         return service.state is not DOWN and self._proxy.pools[service].admits(0, time.monotonic())
 
-    # -- what is told
+    # -- status.json
+
+    def _json(self) -> bytes:
+        import json
+
+        return json.dumps(self.data(), allow_nan=False).encode()
 
     def data(self) -> dict[str, Any]:
         """Return the content of /status.json; docs/operations.md has its fields."""
-        now, wall = time.monotonic(), time.time()
-        statistics = self._proxy.statistics
-        minute = {service: self._lately(service, SHARE_SECONDS) for service in self._services}
-        answers = sum(sample.answers for sample in minute.values())
-        level, text = self.headline(minute, now, wall)
+        now, wall, proxy = time.monotonic(), time.time(), self._proxy
+        minute = self._lately(60)
+        services = [self._service(service, minute, now, wall) for service in self._services]
         return {
-            'version': 1, 'program': __version__, 'pid': os.getpid(),
-            'time': round(wall, 3), 'started': round(wall - (now - self._started), 3),
-            'uptime': round(now - self._started, 3), 'utc_offset': time.localtime(wall).tm_gmtoff,
-            'draining': self._proxy.draining, 'headline': {'level': level, 'text': text}, 'default': self._default,
-            **{name: getattr(statistics, name) for name, _ in COUNTERS},
-            'clients_connected': len(self._proxy.clients),
-            'defaults': statistics.defaults, 'refused': statistics.refused, 'log_lines_lost': self._log.lost,
-            'step': SAMPLE_SECONDS,
-            'services': [self._service(service, minute[service], answers, now, wall) for service in self._services],
+            'version': 1, 'program': __version__, 'pid': os.getpid(), 'headline': self._headline(services, minute),
+            'time': round(wall, 3), 'started': round(wall - now + self._started, 3),
+            'uptime': round(now - self._started, 3), 'draining': proxy.draining, 'default': self._default,
+            **{name: getattr(proxy.statistics, name) for name in (*COUNTERS, 'defaults', 'refused')},
+            'clients_connected': len(proxy.clients), 'log_lines_lost': self._log.lost,
+            'step': SAMPLE_SECONDS, 'services': services,
         }  # fmt: skip
 
-    def _lately(self, service: Service, seconds: float) -> Sample:
-        """Return what was counted in the last so many seconds, up to one sample more; all, while there is less."""
-        now, samples = Sample.of(service), self._samples[service]
-        old = (sample for sample in reversed(samples) if now.when - sample.when >= seconds)
-        return now.after(next(old, samples[0]))
-
-    def _service(self, service: Service, minute: Sample, answers: int, now: float, wall: float) -> dict[str, Any]:
-        recent, pool = self._lately(service, RATE_SECONDS), self._proxy.pools[service]
-        steps = [after.after(before) for before, after in itertools.pairwise(self._samples[service])]
-        parts = {'p50': 0.5, 'p95': 0.95, 'p99': 0.99}
-        slow = {name: Latency.quantile(minute.counts, part) for name, part in parts.items()}
+    def _service(self, service: Service, lately: Counts, now: float, wall: float) -> dict[str, Any]:
+        pool, lasting = self._proxy.pools[service], now - service.since
+        seconds, answered, failed, *counts = lately[service]
+        answers = sum(lately[each][1] for each in self._services)
+        slow = {name: Latency.quantile(counts, part) for name, part in (('p50', 0.5), ('p95', 0.95), ('p99', 0.99))}
+        steps = [difference(new[service][1:3], old[service][1:3]) for old, new in itertools.pairwise(self._samples)]
+        since = time.strftime('%b %e %H:%M:%S', time.localtime(wall - lasting))  # as the log has it
         return {
-            'name': service.name, 'address': service.where, 'prio': service.prio, 'weight': service.weight,
-            'timeout': service.timeout, 'max': service.max,
-            'full': pool.checker.full or None, 'use': pool.use,
-            'state': service.state, 'stalled': pool.stalled(now),
-            'since': round(wall - (now - service.since), 3), 'lasting': round(now - service.since, 3),
-            'why': service.why,
+            **{name: getattr(service, name) for name in ('name', 'prio', 'weight', 'timeout', 'max', 'state', 'why',
+                                                         'queries', 'answers', 'failed', 'verdicts', 'failures')},
+            'address': service.where, 'text': f'since {since} (for {duration(lasting)}): {service.why}',
+            'since': round(wall - lasting, 3), 'lasting': round(lasting, 3),
+            'up': self.able(service), 'stalled': pool.stalled(now), 'full': pool.checker.full or None, 'use': pool.use,
             'in_flight': len(pool.busy), 'waiting': pool.wanting,
             'idle_connections': len(pool.idle) + len(pool.held), 'checks': len(pool.checker.running),
-            'queries': service.queries, 'answers': service.answers, 'failed': service.failed,
-            'verdicts': service.verdicts, 'failures': service.failures,
-            # of the first moments as if of a second
-            'requests_per_second': round((recent.answers + recent.failed) / max(1.0, recent.when), 2),
-            'share': round(minute.answers / answers, 4) if answers else None,
+            'requests_per_second': round((answered + failed) / max(1.0, seconds), 2),  # of the first moments as of one
+            'share': round(answered / answers, 4) if answers else None,
             **{name: None if bound is None else min(bound, Latency.BOUNDS[-1]) for name, bound in slow.items()},
-            'history': {'answers': [step.answers for step in steps], 'failed': [step.failed for step in steps]},
+            'history': {'answers': [step[0] for step in steps], 'failed': [step[1] for step in steps]},
         }  # fmt: skip
 
-    def headline(self, minute: dict[Service, Sample], now: float, wall: float) -> tuple[str, str]:
+    def _headline(self, services: list[dict[str, Any]], lately: Counts) -> dict[str, str]:
         """Return how bad it is (ok, warning, bad), and in words which service, since when, why and what it cost."""
-        services = self._services
-        ill = [service for service in services if service.state is not UP or self._proxy.pools[service].stalled(now)]
-        said = [self._trouble(service, now, wall) for service in ill]
-        level = 'bad' if not any(self.able(service) for service in services) else 'warning' if said else 'ok'
-        if len(said) > 3:
-            said[3:] = [f'{len(said) - 3} more are not well.']
-        if level == 'bad' and len(services) > 1:
-            said.insert(0, 'No service is up.')
-        if not said:
-            said.append(f'All {len(services)} services are up.' if len(services) > 1 else f'{services[0].name} is up.')
-        given = sum(self._proxy.statistics.defaults.values()) - self._given[0][1]
-        failing = [f'{service.name} failed {sample.failed} of {sample.failed + sample.answers} queries in the last'
-                   f' {sample.when:.0f} s.' for service, sample in minute.items() if sample.failed]  # fmt: skip
+        words = {UP: 'stalled', TRIAL: 'on trial', DOWN: 'down'}
+        trouble = [f'{row["name"]} is {words[row["state"]]} {row["text"]}.'
+                   for row in services if row['state'] is not UP or row['stalled']]  # fmt: skip
+        failing = []
+        for service in self._services:
+            _, answers, failed, *_ = lately[service]
+            if failed:
+                failing.append(f'{service.name} failed {failed} of {answers + failed} queries in the last minute.')
+        seconds, given = self._lately(SAMPLE_SECONDS * SAMPLES)[None]
+        said = [f'{len(services) - len(trouble)} of {len(services)} services are up.', *trouble[:3], *failing[:3]]
         if self._proxy.draining:
             said.insert(0, f'Draining: no new client is accepted, {len(self._proxy.clients)} are connected.')
-        if level == 'ok' and (given or failing or self._proxy.draining):
-            level = 'warning'
-        return level, ' '.join([*said, *failing[:3], *([self._cost(given, now)] if level != 'ok' else [])])
-
-    def _trouble(self, service: Service, now: float, wall: float) -> str:
-        """Return a sentence about a service that is down, on trial or stalled."""
-        if service.state is UP:
-            busy = self._proxy.pools[service].busy
-            silent = lasting(now - max(service.answered_at, next(iter(busy)).since))
-            return f'{service.name} is stalled: {len(busy)} in flight and no answer for {silent}.'
-        since = f'since {clock(wall - (now - service.since))} (for {lasting(now - service.since)}): {service.why}'
-        trial = '; it can be connected to and waits for a request' if self.able(service) else ''
-        return f'{service.name} is down {since}{trial}.'
-
-    def _cost(self, given: int, now: float) -> str:
-        """Return a sentence about the default actions given lately."""
-        whole = len(self._given) == SAMPLES
-        when = f'in the last {(now - self._given[0][0]) / 60:.0f} minutes' if whole else 'since the start'
-        many = {0: 'No request', 1: '1 request'}.get(given, f'{given} requests')
-        return f"{many} got the default action '{self._default}' {when}."
+        if len(said) > 1 or given:
+            said.append(f"{given} requests got the default action '{self._default}' in the last {duration(seconds)}.")
+        level = 'ok' if len(said) == 1 else 'warning' if any(map(self.able, self._services)) else 'bad'
+        return {'level': level, 'text': ' '.join(said)}
 
     # -- metrics
 
     def collect(self) -> Iterable[Any]:
         """Yield the metric families, as prometheus_client asks a collector to."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+        from prometheus_client import core
 
-        for kind, rows in ((CounterMetricFamily, self._counters()), (GaugeMetricFamily, self._gauges())):
-            for name, text, labels, values in rows:
-                family = kind(f'hapolicy_{name}', text, labels=labels)
-                for labelled, value in values:
-                    family.add_metric(labelled, value)
-                yield family
-        seconds = HistogramMetricFamily('hapolicy_query_seconds', 'time to each answer', labels=['service'])
+        data = self.data()
+        data['build_info'] = {__version__: 1}
+        for kind, name, field, labels, text in METRICS:
+            family = getattr(core, kind)(f'hapolicy_{name}', text, labels=labels)
+            for row in data['services'] if 'service' in labels else [data]:
+                values = row[field] if isinstance(row[field], dict) else {None: row[field]}
+                for label, value in values.items():
+                    family.add_metric([text for text in (row.get('name'), label) if text], value or 0)
+            yield family
+        seconds = core.HistogramMetricFamily('hapolicy_query_seconds', 'time to each answer', labels=['service'])
         for service in self._services:
             seconds.add_metric([service.name], buckets(service.latency), service.latency.sum)
         yield seconds
 
-    def _counters(self) -> Iterable[Metric]:
-        statistics = self._proxy.statistics
-        for name, text in COUNTERS:
-            if name != 'answers':  # told by service
-                yield name, text, [], [([], getattr(statistics, name))]
-        yield 'log_lines_lost', 'log lines that could not be written', [], [([], self._log.lost)]
-        for name, text, counts in (
-            ('defaults', 'default actions given', statistics.defaults),
-            ('refused', 'client connections closed for what the client did', statistics.refused),
-        ):
-            yield name, text, ['reason'], [([reason], count) for reason, count in counts.items()]
-        yield 'answers', 'answers by what they do to the mail', ['service', 'verdict'], [
-            ([service.name, kind], count) for service in self._services
-            for kind, count in service.verdicts.items()]  # fmt: skip
-        yield 'failures', 'queries without a usable answer', ['service', 'reason'], [
-            ([service.name, reason], count) for service in self._services
-            for reason, count in service.failures.items()]  # fmt: skip
 
-    def _gauges(self) -> Iterable[Metric]:
-        now = time.monotonic()
-        started = round(time.time() - (now - self._started), 1)
-        yield 'clients', 'clients connected', [], [([], len(self._proxy.clients))]
-        yield 'build_info', 'always 1; the version is its label', ['version'], [([__version__], 1)]
-        yield 'start_time_seconds', 'unix time of the start', [], [([], started)]
-        values: tuple[tuple[str, str, Callable[[Pool], float]], ...] = (
-            ('up', '1 if it is up, or on trial and waiting for a request', lambda pool: self.able(pool.service)),
-            ('stalled', '1 if mail is in flight and none was answered for --stall', lambda pool: pool.stalled(now)),
-            ('in_flight', 'requests in flight', lambda pool: len(pool.busy)),
-            ('max', 'connections at most', lambda pool: pool.service.max),
-            ('full', '1 if it does not serve a connection more', lambda pool: pool.checker.full > 0),
-            ('idle_connections', 'idle connections', lambda pool: len(pool.idle) + len(pool.held)),
-        )
-        for name, text, value in values:
-            rows = [([service.name], value(pool)) for service, pool in self._proxy.pools.items()]
-            yield f'service_{name}', text, ['service'], rows
-
-
-#: Name, help, names of the labels, and values by those of the labels.
-Metric: TypeAlias = 'tuple[str, str, list[str], list[tuple[list[str], float]]]'
-
-
-#: The body of /metrics where the client library is missing.
-NO_PROMETHEUS = f"""\
-The Prometheus client library is not installed. Either of these does it, then restart hapolicy:
-  {sys.executable} -m pip install prometheus-client
-  apt-get install python3-prometheus-client
-""".encode('utf-8', 'backslashreplace')
+#: Kind, name, field of status.json, labels and help of each metric but the histogram.
+METRICS: Sequence[tuple[str, str, str, list[str], str]] = (
+    ('CounterMetricFamily', 'requests', 'requests', [], 'complete requests read from clients'),
+    ('CounterMetricFamily', 'redispatches', 'redispatches', [], 'requests handed to the next service'),
+    ('CounterMetricFamily', 'retries', 'retries', [], 'requests sent again to the same service'),
+    ('CounterMetricFamily', 'clients', 'clients', [], 'client connections accepted'),
+    ('GaugeMetricFamily', 'clients', 'clients_connected', [], 'clients connected'),
+    ('CounterMetricFamily', 'log_lines_lost', 'log_lines_lost', [], 'log lines that could not be written'),
+    ('CounterMetricFamily', 'defaults', 'defaults', ['reason'], 'default actions returned'),
+    ('CounterMetricFamily', 'refused', 'refused', ['reason'], 'client connections closed for what the client did'),
+    ('CounterMetricFamily', 'answers', 'verdicts', ['service', 'verdict'], 'answers by what they do to the mail'),
+    ('CounterMetricFamily', 'failures', 'failures', ['service', 'reason'], 'queries without a usable answer'),
+    ('GaugeMetricFamily', 'service_up', 'up', ['service'], '1 if it is up, or on trial and waiting for a request'),
+    ('GaugeMetricFamily', 'service_stalled', 'stalled', ['service'], '1 if it answers none of the mail in flight'),
+    ('GaugeMetricFamily', 'service_full', 'full', ['service'], 'connections that it serves while it is full, else 0'),
+    ('GaugeMetricFamily', 'service_max', 'max', ['service'], 'connections at most'),
+    ('GaugeMetricFamily', 'service_in_flight', 'in_flight', ['service'], 'requests in flight'),
+    ('GaugeMetricFamily', 'service_idle_connections', 'idle_connections', ['service'], 'idle connections'),
+    ('GaugeMetricFamily', 'start_time_seconds', 'started', [], 'unix time of the start'),
+    ('GaugeMetricFamily', 'build_info', 'build_info', ['version'], 'always 1; the version is its label'),
+)
 
 
 def buckets(latency: Latency) -> list[tuple[str, int]]:
     """Return a histogram as Prometheus has it: cumulative, here with 1-2-5 bounds."""
-    seen = list(itertools.accumulate(latency.counts()))
-    bounds = [f'{bound:g}' for bound in latency.BOUNDS]
-    kept = [(text, count) for text, count in zip(bounds, seen, strict=False) if text.strip('0.') in ('1', '2', '5')]
-    return [*((str(float(text)), count) for text, count in kept), ('+Inf', seen[-1])]
-
-
-def start_server(listener: socket.socket, handle: Callable[..., None], greenlets: Any) -> Any:
-    """Serve each connection by a greenlet of this pool, or of so many; return the StreamServer."""
-    from gevent.server import StreamServer
-
-    server = StreamServer(listener, handle, spawn=greenlets)
-    server.max_delay = 0.1  # seconds without accepting after an error
-    server.start()
-    return server
+    bounds = [*(f'{bound:g}' for bound in latency.BOUNDS), '+Inf']
+    seen = itertools.accumulate(latency.counts())
+    return [(bound, count) for bound, count in zip(bounds, seen, strict=True)
+            if bound.strip('0.') in ('1', '2', '5', '+Inf')]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------
@@ -2458,97 +2334,83 @@ def start_server(listener: socket.socket, handle: Callable[..., None], greenlets
 
 def parse_action(text: str, option: str) -> bytes:
     """Return the action that an option gives, as bytes. Raises UsageError for one that Postfix would misread."""
-    action = os.fsencode(text)
+    action = os.fsencode(text.strip(' '))
     try:
-        if b'\n' in action or b'\r' in action:
-            raise InvalidAnswer('a line break in the action')
-        if action.lower().startswith(b'action='):
-            raise InvalidAnswer("'action=' before the action")
-        if clean_action(action) != action.strip():
-            raise InvalidAnswer('bytes that are not UTF-8, or control characters')
-        return action.strip()
+        if action.lower().startswith(b'action=') or clean_action(action) != action:
+            raise InvalidAnswer("'action=', a line break, a control character, or bytes that are not UTF-8")
+        return action
     except InvalidAnswer as error:
         raise UsageError(f"{option} '{text}': Postfix would misread {error}; allowed is one line of UTF-8 with an"
                          " action of access(5), as 'dunno' or '451 4.3.5 try again later'") from None  # fmt: skip
 
 
-def parse_listen(text: str, option: str = '--listen') -> Address:
+def parse_listen(text: str, option: str) -> Address:
     """Return the address that an option gives to listen on. Raises UsageError."""
-    allowed = 'allowed is <IPv4>:<port>, [<IPv6>]:<port> or unix:/path'
     try:
         address, rest = parse_address(text)
+        if rest or address.family == socket.AF_UNSPEC:
+            raise UsageError('a name, or more than an address')
+        return address
     except UsageError as error:
-        raise UsageError(f"{option} '{text}': {error}; {allowed}") from None
-    if rest or address.family == socket.AF_UNSPEC:
-        raise UsageError(f"{option} '{text}': a name, or more than an address; {allowed}")
-    return address
+        allowed = '<IPv4>:<port>, [<IPv6>]:<port> or unix:/path'
+        raise UsageError(f"{option} '{text}': {error}; allowed is {allowed}") from None
 
 
-def parse_services(texts: Sequence[str]) -> list[Service]:
-    """Return the services of all -s options. Raises UsageError."""
-    services = [parse_service(text) for text in texts]
-    if not services:
-        raise UsageError('no --service given: at least one -s <name>=<address>:<port> is needed')
-    names = [service.name for service in services]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"--service '{twice[0]}' is given twice: each name is allowed once")
-    return services
+def parse_mode(text: str, option: str) -> int:
+    """Return the permissions that an octal number gives. Raises UsageError."""
+    if not re.fullmatch('0?[0-7]{3}', text):
+        raise UsageError(f"{option} '{text}' is not an octal number from 000 to 777")
+    return int(text, 8)
 
 
-class Options:
-    """The command line, checked: what docopt found by the options' names."""
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        """Raises UsageError."""
-        self.services = parse_services(given['--service'])
-        self.default = parse_action(given['--default'], '--default')
-        failed = given['--failed']
-        self.failed = self.default if failed is None else parse_action(failed, '--failed')
-        self.logging: bool = given['--logging']
-        self.verbose: bool = given['--verbose']
-        self.stdout: bool = given['--stdout']
-        self.reuse_port: bool = given['--reuse-port']
-        self.check_services: bool = given['--check-services']
-        self.listen = [parse_listen(text) for text in given['--listen']]
-        status = given['--status']
-        self.status = None if status is None else parse_listen(status, '--status')
-        if self.status in self.listen:
-            raise UsageError(f"--status '{status}' is the address of a --listen: it needs one of its own")
-        if not re.fullmatch(r'0?[0-7]{3}', given['--socket-mode']):
-            raise UsageError(f"--socket-mode '{given['--socket-mode']}' is not an octal number from 000 to 777")
-        self.socket_mode = int(given['--socket-mode'], 8)
-        clients = given['--max-clients']
-        self.max_clients = None if clients is None else parse_number(clients, '--max-clients', 1, 10**6)
-        self.deadline = parse_seconds(given['--deadline'], '--deadline')
-        if self.deadline < MIN_DEADLINE:
-            raise UsageError(f"--deadline '{given['--deadline']}' is too short to ask a service: allowed is"
-                             f' {MIN_DEADLINE:g} s or more')  # fmt: skip
-        self.grace = parse_seconds(given['--grace'], '--grace')
-        never = re.fullmatch(r'0+(\.0*)?', given['--summary'])
-        self.summary = 0.0 if never else parse_seconds(given['--summary'], '--summary')
-        fall, stall = parse_number(given['--fall'], '--fall', 1, 1000), parse_seconds(given['--stall'], '--stall')
-        for service in self.services:
-            service.fall, service.stall = fall, stall
+#: How the value of an option is read. The values of -s and --listen add up, of each other option the last one counts.
+PARSERS: dict[str, Callable[[str, str], Any]] = {
+    '--service': lambda text, _: parse_service(text),
+    '--listen': parse_listen,
+    '--status': parse_listen,
+    '--default': parse_action,
+    '--failed': parse_action,
+    '--socket-mode': parse_mode,
+    '--max-clients': lambda text, option: parse_number(text, option, 1, 10**6),
+    '--fall': lambda text, option: parse_number(text, option, 1, 1000),
+    '--stall': parse_seconds,
+    '--deadline': lambda text, option: parse_seconds(text, option, MIN_DEADLINE),
+    '--grace': parse_seconds,
+    '--summary': lambda text, option: parse_seconds(text, option, 0),
+}
 
 
-def parse_command_line(argv: Sequence[str]) -> Options:
-    """Return the options. Raises UsageError; SystemExit after --help and --version."""
+def parse_command_line(argv: Sequence[str]) -> SimpleNamespace:
+    """Return the options' values by name. Raises UsageError; SystemExit after --help and --version."""
     try:
         given: dict[str, Any] = docopt(__doc__, list(argv), version=f'hapolicy {__version__}')
     except DocoptExit as error:
-        told = str(error).partition('\n')[0]  # or, where docopt does not tell, how all is used
-        raise UsageError(f'{misused(argv) if told.startswith("Usage:") else told}; see hapolicy --help') from None
-    return Options(given)
+        reason = str(error).partition('\n')[0]  # or, where docopt gives none, the usage
+        raise UsageError(f'{misused(argv) if reason == "Usage:" else reason}; see hapolicy --help') from None
+    for option, parse in PARSERS.items():
+        values = [parse(text, option) for text in given[option]]
+        given[option] = values if option in ('--service', '--listen') else values[-1] if values else None
+    options = SimpleNamespace(**{name.lstrip('-').replace('-', '_'): value for name, value in given.items()})
+    names = [service.name for service in options.service]
+    if not names:
+        raise UsageError('no --service given: at least one -s <name>=<address>:<port> is needed')
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"--service '{twice[0]}' is given twice: each name is allowed once")
+    if options.status in options.listen:
+        raise UsageError(f"--status '{options.status}' is the address of a --listen: it needs one of its own")
+    for service in options.service:
+        service.fall, service.stall = options.fall, options.stall
+    options.failed = options.failed or options.default
+    return options
 
 
 def misused(argv: Sequence[str]) -> str:
     """Return which word of a command line docopt could not place."""
-    known = re.findall(r'(?<![\w-])--?[A-Za-z][a-z-]*', __doc__)
     for word in argv:
         name = word.partition('=')[0] if word.startswith('--') else word[:2]
-        if name.startswith('-') and not any(option.startswith(name) for option in known):
+        if name.startswith('-') and f' {name}' not in __doc__:
             return f"unknown option '{word}'"
-    return f"cannot use '{' '.join(argv)}': a word is no option, or one is given twice (quote values with blanks)"
+    return f"cannot use '{' '.join(argv)}': a word is no option (quote values with blanks)"
 
 
 def is_client(fd: int) -> bool:
@@ -2557,35 +2419,29 @@ def is_client(fd: int) -> bool:
 
 
 def complain(text: str) -> None:
-    """Tell the user what ends the start: one line on stderr, or in syslog where stderr is the client."""
+    """Report what ends the start: one line on stderr, or in syslog where stderr is the client."""
     text = printable(os.fsencode(text))
     if is_client(2):
         SyslogSink(None).write([(WARNING, text)])
     else:
-        os.write(2, f'hapolicy: {text}\n'.encode('utf-8', 'backslashreplace'))
+        os.write(2, f'{level_mark(ERROR)}hapolicy: {text}\n'.encode('utf-8', 'backslashreplace'))
 
 
-def make_log(options: Options, server: bool) -> Log:
+def make_log(options: SimpleNamespace, server: bool) -> Log:
     """Return the log as asked for, with our errors; stdout and stderr are not used where they are the client."""
-    sink: StreamSink | SyslogSink
-    if options.stdout and (server or not is_client(1)):
-        sink = StreamSink(1)
-    else:
-        sink = SyslogSink(StreamSink(2) if server or os.isatty(2) else None)
-    log = Log(sink, options.logging, options.verbose)
+    sink = SyslogSink(StreamSink(2) if server or os.isatty(2) else None)
+    stdout = StreamSink(1) if options.stdout and (server or not is_client(1)) else None
+    log = Log(stdout or sink, options.logging > 0, options.verbose > 0)
     report_errors(log)
     return log
 
 
 def report_errors(log: Log) -> None:
     """Send to the log what gevent would print on stderr: an accept() that failed, or an error of ours."""
-    told = [0.0]
 
     def report(context: object, kind: Any, value: Any, trace: Any) -> None:
         if hasattr(context, 'do_read') and isinstance(value, OSError):  # a StreamServer
-            if time.monotonic() > told[0]:  # waiting clients are tried ten times a second
-                told[0] = time.monotonic() + 1
-                log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
+            log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
             return
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
@@ -2596,9 +2452,17 @@ def report_errors(log: Log) -> None:
     hub.print_exception = report
 
 
-def check_service(service: Service) -> tuple[bool, list[str]]:
-    """Ask a service our own question; return whether its answer can be used, and a row for the user."""
-    row = [service.name, service.where]
+@contextlib.contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turn an OSError into a ListenError that names what it is about."""
+    try:
+        yield
+    except OSError as error:
+        raise ListenError(f'{what}: {error.strerror or error}') from None
+
+
+def check_service(service: Service) -> list[str]:
+    """Ask a service our own question; return a row for the user."""
     pool = Queue([service], Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))).pools[service]
     connection, began = Connection(pool, time.monotonic()), time.monotonic()
     try:
@@ -2606,85 +2470,67 @@ def check_service(service: Service) -> tuple[bool, list[str]]:
             connection.open()
             connected = time.monotonic()
             said, action = connection.check()
+        if said is SURPLUS:
+            raise ServiceFailure(INVALID, 'bytes after the answer: requests could get those of others')
     except ServiceFailure as failure:
-        return False, [*row, 'FAILED', f'{failure.reason}: {failure}']
-    if said is SURPLUS:
-        return False, [*row, 'FAILED', 'invalid: bytes after the answer: requests could get those of others']
+        return [service.name, service.where, 'FAILED', f'{failure.reason}: {failure}']
     times = f'connect {(connected - began) * 1000:6.1f} ms, answer {(service.heard_at - connected) * 1000:7.1f} ms'
     once = ', then it hangs up' if said is ENDED else ''
-    return True, [*row, 'answered', times, f"{verdict(action)}: '{printable(action)}'{once}"]
+    return [service.name, service.where, 'answered', times, f"{verdict(action)}: '{printable(action)}'{once}"]
 
 
 def check_services(services: Sequence[Service]) -> int:
-    """Ask all services at once; print a line for each as it comes; return the exit status."""
+    """Ask all services at once; print a line for each as it comes; return the exit status. Raises ListenError."""
     widths = [max(len(service.name) for service in services), max(len(service.where) for service in services), 8, 0, 0]
-    fine = True
+    status = 0
     for check in gevent.iwait([gevent.spawn(check_service, service) for service in services]):
-        answered, row = check.get()
-        fine = fine and answered
-        line = '  '.join(map(str.ljust, row, widths)).rstrip()
-        try:
+        row = check.get()
+        status |= row[2] == 'FAILED'
+        with blaming('stdout'):
+            line = '  '.join(map(str.ljust, row, widths)).rstrip()
             os.write(1, f'{line}\n'.encode('utf-8', 'backslashreplace'))
-        except OSError as error:
-            complain(f'stdout: {error.strerror}; it is where the answers are told')
-            return 1
-    return 0 if fine else 1
+    return status
 
 
-def open_listeners(options: Options) -> list[socket.socket]:
-    """Return the listening sockets of all --listen, and of --status last. Raises ListenError.
+def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
+    """Return the listening sockets of --status and of all --listen. Raises ListenError.
 
-    With --reuse-port another process serves there, and goes on if anything fails: all are bound before one listens.
+    With --reuse-port another process serves there, and goes on if anything fails: paths are moved there at the end,
+    and a port is opened last.
     """
-    wanted = [(address, '--listen') for address in options.listen]
-    if options.status is not None:
-        wanted.append((options.status, '--status'))
-    bound: list[socket.socket] = []
-    try:
-        for address, option in wanted:
-            with blaming(address, option):
-                bound.append(bind(address, options.socket_mode, options.reuse_port))
-        for sock, (address, option) in zip(bound, wanted, strict=True):
-            with blaming(address, option):
-                sock.listen(BACKLOG)
-                if address.family == socket.AF_UNIX:
-                    os.rename(sock.getsockname(), address.host)
-    except ListenError:
-        for sock in bound:
-            if sock.family == socket.AF_UNIX:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(sock.getsockname())
-        raise
-    return bound
+    wanted = {options.status: '--status'} if options.status else {}
+    wanted.update(dict.fromkeys(options.listen, '--listen'))
+    opened: dict[Address, socket.socket] = {}
+    with contextlib.ExitStack() as undo:
+        for address in sorted(wanted, key=lambda address: address.family != socket.AF_UNIX):
+            with blaming(f"{wanted[address]} '{address}'"):
+                opened[address] = sock = open_listener(address, options.socket_mode, options.reuse_port > 0)
+            if address.family == socket.AF_UNIX:
+                undo.callback(remove, sock.getsockname())
+        for address in wanted:
+            if address.family == socket.AF_UNIX:
+                with blaming(f"{wanted[address]} '{address}'"):
+                    os.rename(opened[address].getsockname(), address.host)
+        undo.pop_all()
+    return opened
 
 
-@contextlib.contextmanager
-def blaming(address: Address, option: str) -> Iterator[None]:
-    """Turn an OSError into a ListenError that names the option."""
-    try:
-        yield
-    except OSError as error:
-        raise ListenError(f"{option} '{address}': {error.strerror or error}; allowed is an address of this machine"
-                          ' and a port or path that is free and may be used') from None  # fmt: skip
-
-
-def bind(address: Address, mode: int, reuse: bool) -> socket.socket:
-    """Return a socket bound to an address, of a path beside it: to be moved there. Raises OSError."""
-    sock = socket.socket(address.family, socket.SOCK_STREAM)
-    try:
-        if address.family == socket.AF_UNIX:
-            bind_beside(sock, address.host, mode, reuse)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if reuse:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            if address.family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((address.host, address.port))
-    except OSError:
-        sock.close()
-        raise
+def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
+    """Return a socket that listens at a port, or beside a path. Raises OSError."""
+    backlog = 1024  # a `postfix reload` brings all clients at once
+    if address.family != socket.AF_UNIX:
+        where = (address.host, address.port)
+        return socket.create_server(where, family=address.family, backlog=backlog, reuse_port=reuse)
+    sock = socket.socket(socket.AF_UNIX)
+    bind_beside(sock, address.host, mode, reuse)
+    sock.listen(backlog)
     return sock
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def bind_beside(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
@@ -2694,107 +2540,104 @@ def bind_beside(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise OSError(errno.EEXIST, 'a file that is no socket is there')
+            raise FileExistsError('a file that is no socket is there')
     if not reuse:
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             connect(socket.AF_UNIX, path).close()
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            raise OSError('Address already in use')
     beside = os.path.join(os.path.dirname(path), f'.{os.getpid()}.{sock.fileno()}')
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(beside)  # of a process that ended in this moment, and had our pid
+    remove(beside)  # of a process that ended in this moment, and had our pid
     sock.bind(beside)
     os.chmod(beside, mode)
 
 
-def inherited_listeners() -> list[socket.socket]:
-    """Return the sockets handed over by systemd's socket activation (sd_listen_fds(3)). Raises ListenError."""
+def inherited_listeners() -> dict[Address, socket.socket]:
+    """Return the sockets handed over by systemd (sd_listen_fds(3)). Raises UsageError, ListenError."""
     if os.environ.get('LISTEN_PID') != str(os.getpid()):
-        return []
-    count = parse_number(os.environ.get('LISTEN_FDS', '0'), 'LISTEN_FDS', 0, 1000)
-    return [inherited_listener(fd) for fd in range(3, 3 + count)]
+        return {}
+    listeners = {}
+    for fd in range(3, 3 + parse_number(os.environ.get('LISTEN_FDS', '0'), 'LISTEN_FDS', 0, 1000)):
+        with blaming(f'descriptor {fd}, from systemd: allowed is ListenStream= with Accept=no'):
+            sock = socket.socket(fileno=fd)
+            name: Any = sock.getsockname()
+            host, port = (name, 0) if sock.family == socket.AF_UNIX else name[:2]
+            address = Address(sock.family, os.fsdecode(host), port)
+            if address in listeners or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise OSError('it is not listening, or another one does there')
+            listeners[address] = sock
+    return listeners
 
 
-def inherited_listener(fd: int) -> socket.socket:
-    """Return the listening socket that a descriptor is. Raises ListenError."""
-    with contextlib.suppress(OSError):
-        sock = socket.socket(fileno=fd)
-        if sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            return sock
-    raise ListenError(f'descriptor {fd}, from systemd, is not listening: allowed is ListenStream= with Accept=no')
-
-
-def check_loops(services: Sequence[Service], where: Sequence[str]) -> None:
+def check_loops(services: Sequence[Service], where: Iterable[Address]) -> None:
     """Raises UsageError for a service that is where we listen: it would ask itself, until all wait for all."""
+    ours = set(map(str, where))
     for service in services:
         _, host, port = service.address
         local = '[::]' if host == '::1' else '0.0.0.0' if host.startswith('127.') or host == 'localhost' else '-'
-        if service.where in where or f'{local}:{port}' in where:
-            raise UsageError(f"--service '{service.name}': {service.where} is where clients are served: it would ask"
-                             ' itself; allowed is the address of a policy server')  # fmt: skip
+        if {service.where, f'{local}:{port}'} & ours:
+            raise UsageError(f"--service '{service.name}': {service.where} is hapolicy itself; give a policy server")
 
 
 def notify(state: str) -> None:
-    """Tell systemd our state, if it asked to be told (sd_notify(3))."""
+    """Send our state to systemd, if it asked for that (sd_notify(3))."""
     path = os.environ.get('NOTIFY_SOCKET', '')
     if path:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
             sock.sendto(state.encode(), '\0' + path[1:] if path.startswith('@') else path)
 
 
-def client_limit(options: Options, log: Log) -> int:
+def client_limit(options: SimpleNamespace, log: Log) -> int:
     """Raise the soft descriptor limit to the hard one; return how many clients to serve at once.
 
     Every service may need its max of connections: the rest is for clients, and half at least. More
     than that is never allowed: a client that is accepted could not be answered.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # the kernel's own limit (fs.nr_open) may be lower
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):  # the kernel's own limit (fs.nr_open) may be lower
-        hard = soft
-    reserved = RESERVED_DESCRIPTORS + (STATUS_CONNECTIONS + 1 if options.status is not None else 0)
-    room = (hard if hard != resource.RLIM_INFINITY else 10**6) - reserved
-    carried = max(1, room - sum(service.max for service in options.services), room // 2)
-    asked = options.max_clients
-    if asked is not None and asked > carried:
-        log(WARNING, f"--max-clients '{asked}' is more than the descriptor limit of {hard} carries: {carried} it is")
-    return min(asked or carried, carried)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    # 16 for listeners, log, epoll, checks and lookups
+    room = limit - 16 - (STATUS_CONNECTIONS + 1 if options.status is not None else 0)
+    carried: int = max(1, room - sum(service.max for service in options.service), room // 2)
+    asked: int = options.max_clients or carried
+    if asked > carried:
+        log(WARNING, f"--max-clients '{asked}' is more than the descriptor limit of {limit} carries: {carried} it is")
+    return min(asked, carried)
 
 
 def limit_timeouts(services: Sequence[Service], deadline: float, log: Log) -> None:
     """Leave each request time for a second service."""
     for service in services if len(services) > 1 else []:
         if service.timeout > deadline / 2:
-            log(WARNING, f'The timeout of {service.name}, {service.timeout:g}s, is cut to half of --deadline'
-                         f' {deadline:g}s: else a server that hangs would leave no time for another')  # fmt: skip
+            log(WARNING, f'The timeout of {service.name}, {service.timeout:g}s,'
+                         f' is cut to half of --deadline {deadline:g}s')  # fmt: skip
             service.timeout = deadline / 2
 
 
 def stop_signal() -> gevent.event.Event:
     """Return what SIGTERM and SIGINT set; the second of them ends the process."""
     asked = gevent.event.Event()
-
-    def ask() -> None:
-        if asked.is_set():
-            os._exit(1)
-        asked.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(number, ask)
+        gevent.signal_handler(number, lambda: os._exit(1) if asked.is_set() else asked.set())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to read anew, and mail in flight to lose
     return asked
 
 
-def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float) -> bool:
+def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) -> bool:
     """Serve the one client on stdin and stdout; return False if its answers could not all be given."""
+    if stat.S_ISCHR(os.fstat(0).st_mode):  # a terminal, or the /dev/null of a unit without its --listen
+        log(NOTICE, 'Without --listen and sockets of systemd one client is served, on stdin')
     served: gevent.Greenlet[..., bool | None]
     if is_client(1):
         served = gevent.spawn(proxy.handle, socket.socket(fileno=os.dup(0)))
-    else:
+    else:  # files, pipes or terminals: what cannot be waited for in the loop is read and written in threads
         sock, far = socket.socketpair()
-        gevent.spawn(pump_in, far)
+        os.set_blocking(0, True)
+        os.set_blocking(1, True)
+        read = functools.partial(gevent.get_hub().threadpool.apply, os.read, (0, RECEIVE))
+        gevent.spawn(pump, read, far.sendall, functools.partial(far.shutdown, socket.SHUT_WR))
         gevent.spawn(proxy.handle, sock)
-        served = gevent.spawn(pump_out, far)  # ends after the client has
+        served = gevent.spawn(pump, functools.partial(far.recv, RECEIVE), functools.partial(write_all, 1), far.close)
     gevent.wait([served, stop], count=1)  # type: ignore[type-var]
     give_up = time.monotonic() + grace
     drained = proxy.drain(grace)
@@ -2802,44 +2645,37 @@ def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float) -> bool:
     return drained and served.successful() and served.value is not False  # handle() returns nothing
 
 
-def pump_in(far: socket.socket) -> None:
-    """Pass stdin on, whatever it is: a file or a terminal can not be waited for in the loop."""
-    os.set_blocking(0, True)
-    read = gevent.get_hub().threadpool.apply
-    with contextlib.suppress(OSError):  # the client's side has ended first: what it has answered is still passed on
-        while data := read(os.read, (0, RECEIVE)):
-            far.sendall(data)
+def pump(read: Callable[[], bytes], write: Callable[[bytes], object], end: Callable[[], None]) -> bool:
+    """Pass on what is read until its end; return False if it could not be written."""
+    written = False
     with contextlib.suppress(OSError):
-        far.shutdown(socket.SHUT_WR)
-
-
-def pump_out(far: socket.socket) -> bool:
-    """Pass the answers on to stdout; return False if nobody reads there."""
-    os.set_blocking(1, True)
+        while data := read():
+            write(data)
+        written = True
     with contextlib.suppress(OSError):
-        while data := far.recv(RECEIVE):
-            write_all(1, data)
-        return True
-    far.close()  # nobody is to be asked
-    return False
+        end()
+    return written
 
 
-def bound_to(listener: socket.socket) -> str:
-    """Return where an inherited socket listens, as an option would name it."""
-    name = listener.getsockname()
-    host, port = (name, 0) if listener.family == socket.AF_UNIX else name[:2]
-    return str(Address(listener.family, os.fsdecode(host), port))
+def start_server(listener: socket.socket, handle: Callable[..., None], greenlets: Any) -> Any:
+    """Serve each connection by a greenlet of this pool, or of so many; return the StreamServer."""
+    from gevent.server import StreamServer
+
+    server = StreamServer(listener, handle, spawn=greenlets)
+    server.delay = server.min_delay = 1  # seconds without accepting after an error: no more lines than that in the log
+    server.start()
+    return server
 
 
-def serve_listeners(listeners: Sequence[socket.socket], where: Sequence[str],
-                    proxy: Proxy, stop: gevent.event.Event, options: Options, log: Log) -> bool:  # fmt: skip
-    """Serve clients until told to stop; return False if some were left at the end of the grace."""
+def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop: gevent.event.Event,
+                    options: SimpleNamespace, log: Log) -> bool:  # fmt: skip
+    """Serve clients until stopped; return False if some were left at the end of the grace."""
     from gevent.pool import Pool as GreenletPool
 
     limit = client_limit(options, log)
     greenlets: Any = GreenletPool(limit)  # one for each client
-    servers = [start_server(listener, proxy.handle, greenlets) for listener in listeners]
-    log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {", ".join(where)}')
+    servers = [start_server(listener, proxy.handle, greenlets) for listener in listeners.values()]
+    log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {", ".join(map(str, listeners))}')
     if options.summary:
         gevent.spawn(proxy.summarize, options.summary)
     notify('READY=1')
@@ -2854,7 +2690,18 @@ def serve_listeners(listeners: Sequence[socket.socket], where: Sequence[str],
             while not greenlets.full() and (accepted := server.do_read()):
                 server.do_handle(*accepted)  # the backlog would be reset
         server.close()
-    return proxy.drain(options.grace)
+    clean = proxy.drain(options.grace)
+    log(NOTICE, f'hapolicy ends, {proxy.statistics}')
+    return clean
+
+
+def serve_status(listener: socket.socket, proxy: Proxy, stop: gevent.event.Event,
+                 options: SimpleNamespace, log: Log) -> None:  # fmt: skip
+    """Serve the status, also while we drain; with --reuse-port the process that replaces us does from then on."""
+    server = start_server(listener, Status(proxy, options.default, log).handle, STATUS_CONNECTIONS)
+    if options.reuse_port:
+        stop.rawlink(lambda _: server.close())
+    log(NOTICE, f'The status is served at {options.status}')
 
 
 def patch_sockets() -> None:
@@ -2882,53 +2729,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         patch_sockets()
         gevent.config.format_context = 'builtins.repr'  # not used; the hub's default imports pprint and more, for 10 ms
         hub: Any = gevent.get_hub()
-        hub.threadpool_size += len(options.services)  # each may hang in the lookup of its host name
+        hub.threadpool_size += len(options.service)  # each may hang in the lookup of its host name
         if options.check_services:
-            return check_services(options.services)
+            return check_services(options.service)
         listeners = inherited_listeners()
-        where = [*map(bound_to, listeners), *map(str, options.listen)]
-        check_loops(options.services, where)
-        if options.status is not None and not where:
+        check_loops(options.service, [*listeners, *options.listen])
+        if options.status is not None and not listeners and not options.listen:
             raise UsageError(f"--status '{options.status}' needs --listen: of many processes on stdin one would get it")
-        opened = open_listeners(options)
+        listeners.update(open_listeners(options))
     except (UsageError, ListenError) as error:
         complain(str(error))
         return 2 if isinstance(error, UsageError) else 1
-    status = opened.pop() if options.status is not None else None
-    listeners += opened
+    status = listeners.pop(options.status, None)
     stop = stop_signal()
     log = make_log(options, bool(listeners))
-    limit_timeouts(options.services, options.deadline, log)
-    proxy = Proxy(options.services, options.default, options.failed, options.deadline, log, checked=bool(listeners))
+    limit_timeouts(options.service, options.deadline, log)
+    proxy = Proxy(options.service, options.default, options.failed, options.deadline, log, checked=bool(listeners))
     if status is not None:
-        server = start_server(status, Status(proxy, options.default, log).handle, STATUS_CONNECTIONS)
-        if options.reuse_port:  # the process that replaces this one is asked from now on, and never this one
-            stop.rawlink(lambda _: server.close())
-        log(NOTICE, f'The status is served at {options.status}')
+        serve_status(status, proxy, stop, options, log)
     if listeners:
-        clean = serve_listeners(listeners, where, proxy, stop, options, log)
-        log(NOTICE, f'hapolicy ends, {proxy.statistics}')
+        clean = serve_listeners(listeners, proxy, stop, options, log)
     else:
-        if stat.S_ISCHR(os.fstat(0).st_mode):  # a terminal, or the /dev/null of a unit without its --listen
-            log(NOTICE, 'Without --listen and sockets of systemd one client is served, on stdin')
-        clean = serve_stdin(proxy, stop, options.grace)
+        clean = serve_stdin(proxy, stop, options.grace, log)
     log.close()
     return 0 if clean else 1
 
 
-#: The status page, whole. The browser is told the hashes of its style and script and runs no other; what the
-#: proxy says is put in as text, never as markup.
+#: The status page, whole. The browser gets the hashes of its style and script and runs no other; what the
+#: proxy reports is put in as text, never as markup.
 STATUS_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>hapolicy</title>
 <link rel="icon" href="data:,">
 <style>
-:root { --back: #fff; --soft: #f3f5f7; --line: #d5dae0; --text: #1a1f26; --dim: #59636f; --link: #0a55b0;
-  --good: #17692f; --warn: #855000; --bad: #b3161b; --bars: #3d78b8; }
+:root { color-scheme: light dark; --back: #fff; --soft: #f3f5f7; --line: #d5dae0; --text: #1a1f26; --dim: #59636f;
+  --link: #0a55b0; --good: #17692f; --warn: #855000; --bad: #b3161b; --bars: #3d78b8; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #14181d; --soft: #1d232a; --line: #38414b; --text: #e6eaef; --dim: #a3adb8; --link: #7db7ff;
     --good: #6fd08c; --warn: #f0b450; --bad: #ff8a85; --bars: #6ea8e4; }
@@ -2936,58 +2774,53 @@ STATUS_PAGE = r"""<!DOCTYPE html>
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 88rem; background: var(--back); color: var(--text);
   font: 0.9375rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-header, footer, .bar { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; align-items: center; }
-header { justify-content: space-between; color: var(--dim); }
-h1 { margin: 0; font-size: 1rem; }
+header, footer { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; margin: 0.5rem 0; color: var(--dim); }
+h1 { margin: 0 auto 0 0; font-size: 1rem; }
 h2 { margin: 1.5rem 0 0.5rem; font-size: 1rem; }
-#headline { margin: 0.75rem 0; padding: 0.75rem 1rem; border-left: 0.5rem solid var(--good); background: var(--soft);
-  font-size: 1.125rem; font-weight: 600; }
+#headline, #old { margin: 0.75rem 0; padding: 0.75rem 1rem; font-weight: 600; }
+#headline { border-left: 0.5rem solid var(--good); background: var(--soft); font-size: 1.125rem; }
 #headline.warning { border-color: var(--warn); }
 #headline.bad { border-color: var(--bad); }
-#old { margin: 0.75rem 0; padding: 0.75rem 1rem; border: 2px dashed var(--bad); color: var(--bad); font-weight: 600; }
+#old { border: 2px dashed var(--bad); color: var(--bad); }
 .aged #figures, .aged #headline { opacity: 0.6; }
-button { font: inherit; padding: 0.25rem 0.9rem; color: var(--text); background: var(--soft);
-  border: 1px solid var(--dim); border-radius: 0.3rem; cursor: pointer; min-width: 6.5rem; }
+button { font: inherit; padding: 0.25rem 0.9rem; }
 a { color: var(--link); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.5rem; margin: 0; }
 dl div { padding: 0.4rem 0.7rem; background: var(--soft); }
-dt, small { color: var(--dim); font-size: 0.8125rem; }
-dd { margin: 0; white-space: pre-line; }
+dt, th, .two { color: var(--dim); font-size: 0.8125rem; }
+dd, td div { margin: 0; white-space: pre-line; }
 table { width: 100%; border-collapse: collapse; }
-th { text-align: left; font-weight: 600; font-size: 0.8125rem; color: var(--dim); }
+th { text-align: left; font-weight: 600; white-space: nowrap; }
 th, td { padding: 0.5rem 0.6rem 0.5rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { white-space: pre-line; }
-td strong, td small { display: block; }
-.state { font-weight: 700; color: var(--good); }
-.trial .state, .stalled .state { color: var(--warn); }
-.down .state { color: var(--bad); }
-tr.down { background: var(--soft); }
+td .list { white-space: pre; }
+.two::first-line { font-size: 0.9375rem; font-weight: 600; color: var(--text); }
+.up .state::first-line { color: var(--good); }
+.trial .state::first-line, .stalled .state::first-line { color: var(--warn); }
+.down .state::first-line { color: var(--bad); }
 svg { display: block; width: 15rem; max-width: 100%; height: 3rem; background: var(--soft); }
-.down svg { background: var(--back); }
 .answers { fill: var(--bars); }
 .failed { fill: var(--bad); }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-[hidden] { display: none; }
-footer { margin-top: 1rem; color: var(--dim); }
 @media (max-width: 62rem) {
   thead { display: none; }
   table, tbody, tr, td { display: block; }
   tr { margin-bottom: 1rem; padding: 0.5rem 0.75rem; border: 1px solid var(--line); }
   td { display: grid; grid-template-columns: 7rem minmax(0, 1fr); padding: 0.2rem 0; border: 0; }
   td::before { content: attr(data-label); color: var(--dim); font-size: 0.8125rem; }
+  svg { grid-column: 2; }
 }
 </style>
 </head>
 <body>
 <header>
 <h1>hapolicy <span id="program"></span></h1>
-<div class="bar"><span id="updated"></span>
-<button id="pause" type="button" aria-pressed="false" hidden>Pause</button></div>
+<span id="updated"></span>
+<button id="pause" type="button" aria-pressed="false">Pause</button>
 </header>
 <main>
 <p id="headline"></p>
-<p id="told" class="hidden" aria-live="polite"></p>
+<p id="spoken" class="hidden" aria-live="polite"></p>
 <p id="old" role="alert" hidden></p>
 <noscript><p>This page needs JavaScript; status.json, metrics and health, below, do not.</p></noscript>
 <div id="figures" hidden>
@@ -3000,35 +2833,37 @@ footer { margin-top: 1rem; color: var(--dim); }
 </table>
 </div>
 </main>
-<footer><a href="status.json">status.json</a><a href="metrics">metrics</a><a href="health">health</a>
-<span id="zone"></span></footer>
+<footer><a href="status.json">status.json</a><a href="metrics">metrics</a><a href="health">health</a></footer>
 <script>
 'use strict';
-const EVERY = 2000, PATIENCE = 5000;  // ms: between two loads, and for one
-const COLUMNS = ['Service', 'State', 'In flight', 'Requests/s', 'Latency', 'Answers', 'Failures', 'Last 10 min'];
 const SVG = 'http://www.w3.org/2000/svg';
+const CLASSES = {'State': 'two state', 'Latency': 'list', 'Answers': 'list', 'Failures': 'list', 'Last 10 min': 'list'};
 const $ = id => document.getElementById(id);
-let rows = new Map(), tiles = new Map(), order = '', known = '', loaded = '', paused = false, timer = 0, offset = 0;
+const look = service => service.stalled && service.state === 'up' ? 'stalled' : service.state;
+let states = '', loaded = '', paused = false, timer = 0;
 
-function put(node, text) {  // only what changed: a selection lives on
-  if (node.textContent !== text) node.textContent = text;
-}
-function add(parent, tag, attributes = {}) {
-  const space = parent.namespaceURI === SVG || tag === 'svg' ? SVG : 'http://www.w3.org/1999/xhtml';
-  const node = document.createElementNS(space, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  return parent.appendChild(node);
-}
-function lasting(seconds) {
-  const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
-  if (minutes < 1) return `${Math.floor(seconds)} s`;
-  if (hours < 1) return `${minutes} min`;
-  return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.floor(hours / 24)} d ${hours % 24} h`;
-}
-function clock(unix, now) {  // as the server's clock and log have it
-  const text = new Date((unix + offset) * 1000).toISOString(), today = new Date((now + offset) * 1000).toISOString();
-  return (text.slice(0, 10) === today.slice(0, 10) ? '' : text.slice(0, 10) + ' ') + text.slice(11, 19);
-}
+const COLUMNS = {
+  'Service': service => `${service.name}\n${service.address}\nprio ${service.prio}, weight ${service.weight}`,
+  'State': service => `${look(service)}\n${service.text.replace('): ', ')\n')}`,
+  'In flight': service => `${service.in_flight} / ${service.max}\n`
+    + (service.full === null ? '' : `full: serves ${service.full} connections\n`)
+    + `${service.waiting} waiting\n${service.idle_connections} idle connections`,
+  'Requests/s': service => `${service.requests_per_second}\n`
+    + (service.share === null ? '' : `${(100 * service.share).toFixed(0)} % of answers`),
+  'Latency': service => ['p50', 'p95', 'p99'].map(name => name + latency(service[name])).join('\n'),
+  'Answers': service => counts(service.verdicts),
+  'Failures': service => counts(service.failures),
+  'Last 10 min': service => `top ${Math.max(0, ...service.history.answers).toLocaleString()} answers in 5 s`,
+};
+const TOTALS = {
+  'Requests': data => data.requests.toLocaleString(),
+  'Default actions': data => `${counts(data.defaults)}\nit is '${data.default}'`,
+  'Clients': data => `${data.clients_connected} connected\n${data.clients.toLocaleString()} in all`,
+  'Refused input': data => counts(data.refused),
+  'Asked again': data => `next service ${data.redispatches.toLocaleString()}\n`
+    + `same service ${data.retries.toLocaleString()}`,
+  'Log lines lost': data => data.log_lines_lost.toLocaleString(),
+};
 function latency(seconds) {
   if (seconds === null) return ' \u2013';
   const text = seconds < 1 ? `${+(seconds * 1000).toPrecision(3)} ms` : `${seconds} s`;
@@ -3038,131 +2873,85 @@ function counts(by) {
   const lines = Object.entries(by).filter(pair => pair[1]).map(([name, count]) => `${name} ${count.toLocaleString()}`);
   return lines.join('\n') || 'none';
 }
-
-function make_row(service) {
-  const line = add($('services'), 'tr', {role: 'row'}), cells = {line};
-  for (const column of COLUMNS) cells[column] = add(line, 'td', {role: 'cell', 'data-label': column});
-  for (const column of ['Service', 'State', 'In flight', 'Requests/s']) {
-    const box = add(cells[column], 'div');
-    cells[column] = [add(box, 'strong', column === 'State' ? {class: 'state'} : {}), add(box, 'small')];
-  }
-  const last = add(cells['Last 10 min'], 'div');
-  const chart = add(last, 'svg', {role: 'img', viewBox: '0 0 120 24', preserveAspectRatio: 'none'});
-  cells.chart = chart;
-  cells.answers = add(chart, 'path', {class: 'answers'});
-  cells.failed = add(chart, 'path', {class: 'failed'});
-  cells.caption = add(last, 'small');
-  rows.set(service.name, cells);
+// only what changed: a selection lives on
+const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+const set = (node, name, value) => { if (node.getAttribute(name) !== value) node.setAttribute(name, value); };
+function add(parent, tag, attributes = {}) {
+  const space = parent.namespaceURI === SVG || tag === 'svg' ? SVG : 'http://www.w3.org/1999/xhtml';
+  const node = document.createElementNS(space, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return parent.appendChild(node);
 }
-function bars(values, height, from) {
-  const first = 120 - values.length;
-  return values.map((value, i) => value ? `M${first + i} ${from}h1v${height(value)}h-1z` : '').join('');
-}
-function draw(cells, history, step) {
-  const most = Math.max(1, ...history.answers), failed = history.failed.reduce((sum, count) => sum + count, 0);
-  const change = (node, d) => { if (node.getAttribute('d') !== d) node.setAttribute('d', d); };
-  change(cells.answers, bars(history.answers, value => -Math.max(0.5, 17 * value / most).toFixed(1), 24));
-  change(cells.failed, bars(history.failed, () => 5, 0));
-  const top = Math.max(0, ...history.answers) / step;
-  const text = `top ${+top.toPrecision(3)} answers/s, ${failed ? failed.toLocaleString() + ' failed' : 'none failed'}`;
-  put(cells.caption, text);
-  cells.chart.setAttribute('aria-label', `Answers of the last ten minutes: ${text}`);
-}
-function show_service(service, data) {
-  const cells = rows.get(service.name), stalled = service.stalled && service.state === 'up';
-  const state = stalled ? 'stalled' : service.state;
-  if (cells.line.className !== state) cells.line.className = state;
-  put(cells['Service'][0], service.name);
-  put(cells['Service'][1], `${service.address}\nprio ${service.prio}, weight ${service.weight}`);
-  put(cells['State'][0], state === 'trial' ? 'on trial' : state);
-  put(cells['State'][1], `${service.why}\nsince ${clock(service.since, data.time)} (${lasting(service.lasting)})`);
-  put(cells['In flight'][0], `${service.in_flight} / ${service.max}`);
-  put(cells['In flight'][1], (service.full === null ? '' : `full: serves ${service.full} connections\n`)
-    + `${service.waiting} waiting\n${service.idle_connections} idle connections`);
-  put(cells['Requests/s'][0], `${service.requests_per_second}`);
-  put(cells['Requests/s'][1], service.share === null ? '' : `${(100 * service.share).toFixed(0)} % of answers`);
-  put(cells['Latency'], ['p50', 'p95', 'p99'].map(name => name + latency(service[name])).join('\n'));
-  put(cells['Answers'], counts(service.verdicts));
-  put(cells['Failures'], counts(service.failures));
-  draw(cells, service.history, data.step);
-}
-function show_totals(data) {
-  const totals = {
-    'Requests': data.requests.toLocaleString(),
-    'Default actions': `${counts(data.defaults)}\nit is '${data.default}'`,
-    'Clients': `${data.clients_connected} connected\n${data.clients.toLocaleString()} in all`,
-    'Refused input': counts(data.refused),
-    'Asked again': `next service ${data.redispatches.toLocaleString()}\n`
-      + `same service ${data.retries.toLocaleString()}`,
-    'Log lines lost': data.log_lines_lost.toLocaleString(),
-    'Uptime': lasting(data.uptime),
-  };
-  for (const [name, text] of Object.entries(totals)) {
-    if (!tiles.has(name)) {
-      const tile = add($('totals'), 'div');
-      put(add(tile, 'dt'), name);
-      tiles.set(name, add(tile, 'dd'));
+function make_row() {
+  const row = add($('services'), 'tr', {role: 'row'});
+  for (const column of Object.keys(COLUMNS)) {
+    const cell = add(row, 'td', {role: 'cell', 'data-label': column});
+    if (column === 'Last 10 min') {
+      const chart = add(cell, 'svg', {role: 'img', viewBox: '0 0 120 24', preserveAspectRatio: 'none'});
+      for (const kind of ['answers', 'failed']) add(chart, 'path', {class: kind});
     }
-    put(tiles.get(name), text);
+    add(cell, 'div', {class: CLASSES[column] || 'two'});
   }
+  return row;
+}
+function bars(values, from, height) {
+  return values.map((n, i) => n ? `M${120 - values.length + i} ${from}h1v${height(n)}h-1z` : '').join('');
+}
+function show_service(service, i) {
+  const row = $('services').children[i] || make_row(), {answers, failed} = service.history;
+  set(row, 'class', look(service));
+  Object.values(COLUMNS).forEach((text, column) => put(row.children[column].lastChild, text(service)));
+  const most = Math.max(1, ...answers), svg = row.querySelector('svg');
+  set(svg.children[0], 'd', bars(answers, 24, n => -Math.max(0.5, 17 * n / most).toFixed(1)));
+  set(svg.children[1], 'd', bars(failed, 0, () => 5));
+  set(svg, 'aria-label', `Answers of the last ten minutes: ${row.lastChild.textContent}`);
 }
 function show(data) {
-  if (data.version !== 1) throw new Error('this page is of another version: load it again');
-  offset = data.utc_offset;
-  const names = JSON.stringify(data.services.map(service => service.name));
-  if (names !== order) {
-    $('services').replaceChildren();
-    rows = new Map();
-    data.services.forEach(make_row);
-    order = names;
-  }
-  data.services.forEach(service => show_service(service, data));
-  show_totals(data);
+  data.services.forEach(show_service);
+  while ($('services').children[data.services.length]) $('services').lastChild.remove();
+  Object.values(TOTALS).forEach((text, i) => put($('totals').children[i].lastChild, text(data)));
   put($('headline'), data.headline.text);
-  if ($('headline').className !== data.headline.level) $('headline').className = data.headline.level;
-  const states = JSON.stringify([data.draining, data.services.map(service => [service.state, service.stalled])]);
-  if (known && states !== known) put($('told'), data.headline.text);  // said aloud when a state changes, not its age
-  known = states;
-  const level = {ok: 'OK', warning: 'warning', bad: 'DOWN'}[data.headline.level];
-  document.title = `${level} - hapolicy`;
+  set($('headline'), 'class', data.headline.level);
+  const now = JSON.stringify([data.draining, data.services.map(look)]);
+  if (states && now !== states) put($('spoken'), data.headline.text);  // said aloud when a state changes, not its age
+  states = now;
+  document.title = `${{ok: 'OK', warning: 'warning', bad: 'DOWN'}[data.headline.level]} - hapolicy`;
   put($('program'), data.program);
-  put($('zone'), `times of the server, UTC${offset < 0 ? '-' : '+'}${Math.abs(offset) / 3600}`);
-  $('figures').hidden = $('pause').hidden = false;
-  loaded = clock(data.time, data.time);
+  loaded = new Date().toLocaleTimeString();
   put($('updated'), `as of ${loaded}`);
-}
-function age(why) {
-  const past = loaded ? `what stands below is of ${loaded}` : 'nothing was loaded yet';
-  put($('old'), `No answer from the proxy: ${past}. (${why})`);
-  $('old').hidden = false;
-  document.body.className = 'aged';
-  document.title = 'no answer - hapolicy';
+  $('figures').hidden = false;
 }
 async function load() {
   clearTimeout(timer);
+  let failure = '';
   try {
-    const answer = await fetch('status.json', {cache: 'no-store', signal: AbortSignal.timeout(PATIENCE)});
+    const answer = await fetch('status.json', {cache: 'no-store', signal: AbortSignal.timeout(5000)});
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     const data = await answer.json();
-    if (!paused) {
-      show(data);
-      $('old').hidden = true;
-      document.body.className = '';
-    }
+    if (!paused) show(data);
   } catch (error) {
-    if (!paused) age(error.message);
+    failure = error.message;
   }
+  if (paused) return;
+  put($('old'), `No answer from the proxy: this is of ${loaded || 'no time'}. (${failure})`);
+  if (failure) document.title = 'no answer - hapolicy';
+  $('old').hidden = !failure;
+  document.body.className = failure && 'aged';
   clearTimeout(timer);
-  if (!paused) timer = setTimeout(load, EVERY);
+  timer = setTimeout(load, 2000);
 }
 $('pause').addEventListener('click', () => {
   paused = !paused;
-  $('pause').setAttribute('aria-pressed', paused);
-  clearTimeout(timer);
+  set($('pause'), 'aria-pressed', String(paused));
   put($('updated'), `${paused ? 'paused; ' : ''}as of ${loaded}`);
   if (!paused) load();
 });
-for (const column of COLUMNS) put(add($('columns'), 'th', {role: 'columnheader', scope: 'col'}), column);
+for (const column of Object.keys(COLUMNS)) put(add($('columns'), 'th', {role: 'columnheader', scope: 'col'}), column);
+for (const name of Object.keys(TOTALS)) {
+  const tile = add($('totals'), 'div');
+  put(add(tile, 'dt'), name);
+  add(tile, 'dd');
+}
 load();
 </script>
 </body>

@@ -1,5 +1,6 @@
 """Install hapolicy_gevent.py and the command `hapolicy`; with HAPOLICY_USE_MYPYC=1, compiled to machine code."""
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r"^__version__ = '(.+)'$", (HERE / 'hapolicy_gevent.py').read_text(), re.MULTILINE)
+SOURCE = (HERE / 'hapolicy_gevent.py').read_text()
+VERSION = re.search(r"^__version__ = '(.+)'$", SOURCE, re.MULTILINE)
 assert VERSION
 COMPILERS = ['mypy', 'types-docopt', 'types-gevent'] if os.environ.get('HAPOLICY_USE_MYPYC') == '1' else []
 extensions = []
@@ -17,7 +19,10 @@ if COMPILERS:
     except ImportError:  # pip asks first what is needed, and brings it by setup_requires
         pass
     else:
-        extensions = mypycify(['--ignore-missing-imports', 'hapolicy_gevent.py'])
+        copy = HERE / 'build' / 'hapolicy_gevent.py'  # mypyc leaves a docstring out, and docopt needs it
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(f'{SOURCE}\n__doc__ = {ast.get_docstring(ast.parse(SOURCE), clean=False)!r}\n')
+        extensions = mypycify(['--ignore-missing-imports', str(copy)])
 
 setup(
     name='hapolicy-gevent',

@@ -123,7 +123,7 @@ def ask(proxy: StatusProxy, times: int) -> int:
 def test_a_service_goes_down_and_returns_before_ones_eyes(browser: Browser) -> None:
     with stubs(echo, echo) as (a, b), StatusProxy('-s', a.service, '-s', b.service) as proxy:
         browser.open(proxy.url)
-        browser.sees('All 2 services are up.')
+        browser.sees('2 of 2 services are up.')
         browser.run('window.loaded_once = true')
         row = browser.driver.find_elements(By.CSS_SELECTOR, '#services tr')[1]
         ask(proxy, 10)
@@ -133,17 +133,18 @@ def test_a_service_goes_down_and_returns_before_ones_eyes(browser: Browser) -> N
         wait_until(lambda: 'dropped 1' in row.text, 10, 'the failure')
         b.stop()
         browser.sees('B is down since')
-        wait_until(lambda: 'down\nits check: refused, connection refused\nsince ' in row.text, 10, 'its state')
+        wait_until(lambda: 'down\nsince ' in row.text, 10, 'its state')
+        assert 's)\nits check: refused, connection refused\n' in row.text
         assert '(for ' in browser.text and 'refused, connection refused. B failed 1 of ' in browser.text
-        assert 'No request got the default action' in browser.text
+        assert '0 requests got the default action' in browser.text
         assert browser.driver.title == 'warning - hapolicy'
         b.behaviour = echo
         b.start()
-        wait_until(lambda: 'up\nits check passed\nsince ' in row.text, 20, 'up again, without a request')
-        browser.sees('All 2 services are up.')
+        wait_until(lambda: 's)\nits check passed' in row.text, 20, 'up again, without a request')
+        browser.sees('2 of 2 services are up.')
         assert 'dropped 1' in row.text and 'ok 5' in row.text
         assert browser.run('window.loaded_once') is True
-        assert browser.driver.find_element(By.ID, 'told').get_attribute('aria-live') == 'polite'
+        assert browser.driver.find_element(By.ID, 'spoken').get_attribute('aria-live') == 'polite'
 
 
 def test_the_loss_of_the_proxy_is_told_and_a_new_one_is_found(browser: Browser) -> None:
@@ -151,7 +152,7 @@ def test_the_loss_of_the_proxy_is_told_and_a_new_one_is_found(browser: Browser) 
         with StatusProxy('-s', a.service) as proxy:
             browser.open(proxy.url)
             assert 'No answer from the proxy' not in browser.text
-        browser.sees('No answer from the proxy: what stands below is of ')
+        browser.sees('No answer from the proxy: this is of ')
         assert browser.driver.title == 'no answer - hapolicy'
         port = f'--status=127.0.0.1:{proxy.status_port}'
         with ProxyProcess('-s', a.service, port):
@@ -166,7 +167,7 @@ def test_hostile_names_are_text(browser: Browser) -> None:
             client.ask(b'nonsense\n\n')
         browser.open(proxy.url)
         browser.sees('<i>x</i>')
-        assert name in browser.row(0) and name in browser.driver.find_element(By.ID, 'headline').text
+        assert name in browser.row(0)
         assert browser.run('document.querySelectorAll("img, i, b, main script").length') == 0
 
 
@@ -223,8 +224,9 @@ def test_light_and_dark_can_both_be_read(browser: Browser, scheme: str) -> None:
         browser.sees('B is down')
         back = browser.run('getComputedStyle(document.body).backgroundColor')
         assert (contrast(back, 'rgb(0,0,0)') > 10) == (scheme == 'light')
-        for selector in ('body', '#headline', '.up .state', '.down .state', '#services small', 'dt', 'a', 'th'):
-            color = browser.run(f'getComputedStyle(document.querySelector("{selector}")).color')
+        for selector in ('body', '#headline', '.up .state', '.down .state', '#services .two', 'dt', 'a', 'th'):
+            part = '::first-line' if '.state' in selector else ''
+            color = browser.run(f'getComputedStyle(document.querySelector("{selector}"), "{part}").color')
             soft = browser.run('getComputedStyle(document.querySelector("#headline")).backgroundColor')
             assert min(contrast(color, back), contrast(color, soft)) >= 4.5, selector
 

@@ -90,7 +90,7 @@ def test_an_output_that_takes_nothing_is_one_line_on_stderr(target: str) -> None
         os.close(writes)
         os.close(full)
     assert done.returncode == 1
-    assert re.fullmatch('hapolicy: stdout: .*; it is where the answers are told\n', done.stderr), done.stderr
+    assert re.fullmatch('hapolicy: stdout: .+\n', done.stderr), done.stderr
 
 
 def test_a_server_that_hangs_up_by_a_reset_has_answered() -> None:

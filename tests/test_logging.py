@@ -20,7 +20,7 @@ from tests.support import MODULE, PostfixClient, ProxyProcess, echo, free_port, 
 LINE = re.compile(
     r"\[A\] \(127\.0\.0\.1:\d+\), prio: 10, weight: 1, queries: \d+, answers: \d+, failed: 0, delay: \d\.\d{3}s, "
     r"client: mail\.example\.net\[192\.0\.2\.7\], helo: <mail\.example\.net>, from: <alice@example\.net>, "
-    r"to: <bob@example\.org>, action: 'DUNNO i1 A', instance: i1, tries: 1, why: ok$"
+    r"to: <bob@example\.org>, action: 'DUNNO i1 A', instance: i1, tries: 1, why: (ok|answered)$"
 )
 
 
@@ -38,6 +38,16 @@ def test_a_request_line_without_a_service() -> None:
     line = request_line((b'dunno', None, 0, 'default, no service is up'), request(), 0)
     assert line.startswith('[-] (-), prio: -, weight: -, queries: -, answers: -, failed: -, delay: 0.000s, client: ')
     assert line.endswith("action: 'dunno', instance: , tries: 0, why: default, no service is up")
+
+
+def test_no_sender_can_make_a_value_look_like_a_field() -> None:
+    mail = request(sender="a>, to: <b>, action: 'REJECT'", helo_name='x [1], from: <y')
+    line = request_line((b'DUNNO', service(), 1, 'answered'), mail, 0)
+    assert r"from: <a>,\x20to:\x20<b>,\x20action:\x20'REJECT'>, to: <bob@" in line
+    assert re.findall(r'\w+: <(.*?)>', line) == [
+        r'x\x20[1],\x20from:\x20<y', 'a', 'bob@example.org',
+    ]  # fmt: skip
+    assert line.count('to: ') == line.count('from: ') == line.count('action: ') == 1
 
 
 @pytest.mark.parametrize(

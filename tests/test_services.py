@@ -22,6 +22,7 @@ from hapolicy_gevent import UsageError, parse_action, parse_listen, parse_servic
         ('a=localhost:10031', 'localhost:10031', 10, 1, 30, 100),
         ('a=unix:/run/p.sock', 'unix:/run/p.sock', 10, 1, 30, 100),
         ('a=unix:/run/p.sock:5:2:1:3', 'unix:/run/p.sock', 5, 2, 1, 3),
+        ('a=unix:/run/[p]q:5', 'unix:/run/[p]q', 5, 1, 30, 100),
     ],
 )
 def test_a_service_is_read(text: str, where: str, prio: int, weight: int, timeout: float, maximum: int) -> None:
@@ -41,8 +42,8 @@ def test_a_service_is_read(text: str, where: str, prio: int, weight: int, timeou
         ('a=10.0.0.1', '<address>:<port>'),
         ('a=::1:10031', "address ''"),
         ('a=[::1]', '<address>:<port>'),
-        ('a=[10.0.0.1]:5', "address '10.0.0.1'"),
-        ('a=[::g]:5', "address '::g'"),
+        ('a=[10.0.0.1]:5', "address '[10.0.0.1]'"),
+        ('a=[::g]:5', "address '[::g]'"),
         ('a=300.1.1.1:5', "address '300.1.1.1'"),
         ('a=10.0.1:5', "address '10.0.1'"),
         ('a=-x:5', "address '-x'"),
@@ -97,10 +98,10 @@ def test_an_action_of_an_option_that_postfix_would_misread_is_refused(text: str,
 
 @pytest.mark.parametrize('text', ['127.0.0.1:10060', '[::1]:10060', '0.0.0.0:1', 'unix:/run/h.sock'])
 def test_a_listen_address_is_taken(text: str) -> None:
-    assert str(parse_listen(text)) == text
+    assert str(parse_listen(text, '--listen')) == text
 
 
 @pytest.mark.parametrize('text', ['', '10060', 'localhost:1', '127.0.0.1', '127.0.0.1:0', '1.2.3.4:5:6', 'unix:h'])
 def test_an_invalid_listen_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r'--listen.*allowed is'):
-        parse_listen(text)
+        parse_listen(text, '--listen')

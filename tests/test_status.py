@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hapolicy_gevent import STATUS_PAGE, Latency, buckets, lasting
+from hapolicy_gevent import STATUS_PAGE, Latency, buckets, duration
 from tests.servers import checked
 from tests.status import StatusProxy
 from tests.support import (
@@ -66,8 +66,12 @@ def test_the_counts_are_those_of_the_requests() -> None:
     assert set(data['refused'].values()) == {0} and data['log_lines_lost'] == 0
     assert data['default'] == '451 later' and data['headline'] == {
         'level': 'warning',
-        'text': "All 2 services are up. 1 request got the default action '451 later' since the start.",
+        'text': data['headline']['text'],
     }
+    assert re.fullmatch(
+        r"2 of 2 services are up\. 1 requests got the default action '451 later' in the last \d+ s\.",
+        data['headline']['text'],
+    )
     first, second = data['services']
     assert (first['name'], first['prio'], first['weight'], first['max'], first['state']) == ('A', 10, 3, 100, 'up')
     assert (second['timeout'], second['max'], second['stalled']) == (7, 9, False)
@@ -91,7 +95,7 @@ def test_the_history_counts_each_step() -> None:
 
 def test_the_headline_tells_which_since_when_why_and_what_it_cost() -> None:
     with stubs(echo, echo) as (a, b), StatusProxy('-s', a.service, '-s', b.service) as proxy:
-        assert proxy.data()['headline'] == {'level': 'ok', 'text': 'All 2 services are up.'}
+        assert proxy.data()['headline'] == {'level': 'ok', 'text': '2 of 2 services are up.'}
         ask(proxy, 4)
         b.stop()
         proxy.logged('[B] (' + b.service[2:] + ') is down: ')
@@ -99,15 +103,16 @@ def test_the_headline_tells_which_since_when_why_and_what_it_cost() -> None:
         headline = proxy.data()['headline']
         assert headline['level'] == 'warning'
         assert re.fullmatch(
-            r"B is down since \d\d:\d\d \(for \d+ s\): its check: refused, connection refused\."
-            r" No request got the default action 'dunno' since the start\.",
+            r"1 of 2 services are up\. "
+            r"B is down since \w{3} [ \d]\d \d\d:\d\d:\d\d \(for \d+ s\): its check: refused, connection refused\."
+            r" 0 requests got the default action 'dunno' in the last \d+ s\.",
             headline['text'],
         )
         a.stop()
         ask(proxy, 3)
         headline = proxy.data()['headline']
-        assert headline['level'] == 'bad' and headline['text'].startswith('No service is up. A is down since ')
-        assert headline['text'].endswith("3 requests got the default action 'dunno' since the start.")
+        assert headline['level'] == 'bad' and headline['text'].startswith('0 of 2 services are up. A is down since ')
+        assert "3 requests got the default action 'dunno' in the last " in headline['text']
         down = proxy.data()['services'][1]
         assert (down['state'], down['why']) == ('down', 'its check: refused, connection refused')
         assert set(down['failures'].values()) == {0}, 'no mail was sent to it'
@@ -120,7 +125,7 @@ def test_a_service_that_was_never_up_is_told_with_its_reason() -> None:
         data = proxy.data()
         assert (data['services'][1]['state'], data['services'][1]['queries']) == ('down', 0)
         assert data['services'][1]['why'] == 'its check: refused, connection refused'
-        assert re.match(r'GONE is down since \S+ \(for \d+ s\): its check: refused, ', data['headline']['text'])
+        assert re.search(r'\. GONE is down since .{15} \(for \d+ s\): its check: refused, ', data['headline']['text'])
 
 
 def test_one_outage_has_one_beginning_and_its_last_reason() -> None:
@@ -132,8 +137,8 @@ def test_one_outage_has_one_beginning_and_its_last_reason() -> None:
             proxy.logged('is trial: its check passed (down for ')
             waiting = proxy.data()
             assert waiting['services'][0]['state'] == 'trial' and waiting['headline']['level'] == 'warning'
-            assert waiting['headline']['text'].startswith('A is down since ')
-            assert waiting['headline']['text'].count('it can be connected to and waits for a request') == 1
+            assert waiting['headline']['text'].startswith('1 of 2 services are up. A is on trial since ')
+            assert waiting['services'][0]['up'] is True
             ask(proxy, 2)
             proxy.logged('is down: mail failed 1 times in a row, the last: invalid (down for ')
             last = proxy.data()['services'][0]
@@ -156,7 +161,7 @@ def test_a_service_that_fails_now_and_then_is_told_although_it_is_up() -> None:
                     client.ask(request(instance=new_instance()))
             headline = proxy.data()['headline']
     assert headline['level'] == 'warning'
-    assert headline['text'].startswith('All 2 services are up. A failed 2 of 4 queries in the last ')
+    assert headline['text'].startswith('2 of 2 services are up. A failed 2 of 4 queries in the last minute. ')
 
 
 def test_a_stalled_service_is_told() -> None:
@@ -165,12 +170,12 @@ def test_a_stalled_service_is_told() -> None:
         wait_until(lambda: proxy.data()['services'][0]['stalled'], 10, 'stalled')
         data = proxy.data()
         assert data['services'][0]['in_flight'] == 1
-        assert re.match(r'A is stalled: 1 in flight and no answer for \d+ s\.', data['headline']['text'])
+        assert data['headline']['text'].startswith('0 of 1 services are up. A is stalled since ')
 
 
 def test_times_are_said_as_people_say_them() -> None:
-    said = [lasting(seconds) for seconds in (0.9, 59, 60, 3599, 7500, 400000)]
-    assert said == ['0 s', '59 s', '1 min', '59 min', '2 h 5 min', '4 d 15 h']
+    said = [duration(seconds) for seconds in (0.9, 59, 119.9, 120, 7199, 7500, 100000, 400000)]
+    assert said == ['0 s', '59 s', '119 s', '2 min', '119 min', '2 h', '27 h', '4 d']
 
 
 # -- health
@@ -188,7 +193,7 @@ def test_health_is_good_while_a_service_is_up() -> None:
         wait_until(lambda: proxy.get('/health').status == 200, 5, 'health, without a request')
         data = proxy.data()
         assert (data['requests'], data['services'][0]['state'], data['headline']['level']) == (4, 'up', 'warning')
-        assert data['headline']['text'].startswith('GONE is down since ')
+        assert data['headline']['text'].startswith('1 of 2 services are up. GONE is down since ')
 
 
 def test_a_proxy_that_drains_answers_and_says_so() -> None:
@@ -240,12 +245,12 @@ def test_every_metric_is_the_counter() -> None:
             assert found['hapolicy_answers_total', (who, kind)] == count
         for reason, count in service['failures'].items():
             assert found['hapolicy_failures_total', (reason, who)] == count
-        assert found['hapolicy_service_up', (who,)] == (service['state'] == 'up')
+        assert found['hapolicy_service_up', (who,)] == service['up'] == (service['state'] == 'up')
         assert found['hapolicy_query_seconds_count', (who,)] == service['answers']
         assert found['hapolicy_query_seconds_bucket', ('+Inf', who)] == service['answers']
         for name in ('in_flight', 'max', 'idle_connections', 'stalled'):
             assert found[f'hapolicy_service_{name}', (who,)] == service[name]
-        assert found['hapolicy_service_full', (who,)] == (service['full'] is not None)
+        assert found['hapolicy_service_full', (who,)] == (service['full'] or 0)
     assert [service['state'] for service in data['services']] == ['up', 'up', 'up', 'down']
     assert found['hapolicy_answers_total', ('B', 'defer')] > 0 < found['hapolicy_failures_total', ('dropped', 'x"\\')]
     assert {name.partition('_')[0] for name, _ in found} == {'hapolicy'}
@@ -257,8 +262,8 @@ def test_the_buckets_are_cumulative_at_1_2_5() -> None:
         latency.add(seconds)
     found = dict(buckets(latency))
     assert list(found)[:4] == ['0.0001', '0.0002', '0.0005', '0.001']
-    assert list(found)[-4:] == ['20.0', '50.0', '100.0', '+Inf'] and len(found) == 20
-    assert [found[bound] for bound in ('0.0001', '0.0002', '0.0005', '0.2', '0.5', '100.0', '+Inf')] == [
+    assert list(found)[-4:] == ['20', '50', '100', '+Inf'] and len(found) == 20
+    assert [found[bound] for bound in ('0.0001', '0.0002', '0.0005', '0.2', '0.5', '100', '+Inf')] == [
         1, 2, 3, 3, 4, 4, 5,
     ]  # fmt: skip
 
@@ -268,8 +273,8 @@ def test_without_the_client_library_metrics_say_what_to_install(tmp_path: Path) 
     with stubs(echo) as (a,), StatusProxy('-s', a.service, environment={'PYTHONPATH': str(tmp_path)}) as proxy:
         metrics = proxy.get('/metrics')
         assert metrics.status == 501
-        assert f'{sys.executable} -m pip install prometheus-client\n' in metrics.text
-        assert 'apt-get install python3-prometheus-client' in metrics.text
+        assert f'{sys.executable} -m pip install prometheus-client, then restart' in metrics.text
+        assert 'install python3-prometheus-client' in metrics.text
         assert proxy.get('/status.json').status == proxy.get('/health').status == 200
         ask(proxy, 1)
 
@@ -405,8 +410,7 @@ log = lambda level, text: lines.append(text)
 log.verbose = log.requests = False
 hapolicy.patch_sockets()
 hapolicy.report_errors(log)
-listener = hapolicy.bind(hapolicy.Address(socket.AF_INET, '127.0.0.1', %d), 0, False)
-listener.listen()
+listener = hapolicy.open_listener(hapolicy.Address(socket.AF_INET, '127.0.0.1', %d), 0, False)
 proxy = hapolicy.Proxy([hapolicy.parse_service('A=127.0.0.1:9')], b'dunno', b'dunno', 90, log, checked=False)
 hapolicy.start_server(listener, Status(proxy, b'dunno', log).handle, 20)
 reader = socket.create_connection(listener.getsockname())
@@ -522,7 +526,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
         (['--status=127.0.0.1:0'], 2, "port '0'"),
         (['--status=127.0.0.1:10061:'], 2, '--status'),
         (['--status=unix:relative'], 2, "unix socket 'relative'"),
-        (['--status=127.0.0.1:1', '--status=127.0.0.1:2'], 2, '--status'),
         (['--status=192.0.2.1:10061'], 1, "--status '192.0.2.1:10061'"),
         (['--status=unix:/no/such/directory/s'], 1, "--status 'unix:/no/such/directory/s'"),
     ],
