@@ -69,6 +69,7 @@ import functools
 import heapq
 import itertools
 import math
+import operator
 import os
 import re
 import resource
@@ -79,8 +80,8 @@ import stat
 import sys
 import time
 import warnings
-from bisect import bisect_left
-from collections import deque
+from bisect import bisect_right
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -331,7 +332,6 @@ UP, TRIAL, DOWN = 'up', 'trial', 'down'
 OK, REJECT, DEFER, PREPEND, OTHER = VERDICTS = ('ok', 'reject', 'defer', 'prepend', 'other')
 VERDICT_OF = {b'dunno': OK, b'ok': OK, b'permit': OK, b'reject': REJECT, b'defer': DEFER, b'defer_if_permit': DEFER,
               b'defer_if_reject': DEFER, b'prepend': PREPEND}  # fmt: skip
-VERDICT_OF |= {word.upper(): kind for word, kind in VERDICT_OF.items()}  # as most servers write them
 
 
 def verdict(action: bytes) -> str:
@@ -342,31 +342,40 @@ def verdict(action: bytes) -> str:
     return VERDICT_OF.get(word, OTHER)
 
 
-class Latency:
-    """A histogram of seconds: ten steps for each power of ten (R10 of ISO 3), so 1-2-5 are among its bounds."""
+class Tally:
+    """What a service answered: how fast, as a histogram, and by what it does to the mail.
 
-    #: Upper bounds in seconds, 0.1 ms to 100 s; a last count holds what took longer.
+    Counted when somebody looks, once a second at least: that costs less than one by one.
+    """
+
+    #: Upper bounds in seconds, 0.1 ms to 100 s, ten for each power of ten (R10 of ISO 3), so 1-2-5 are among them. A
+    #: last count holds what took longer.
     BOUNDS: ClassVar = (*(step * 10.0**power for power in range(-4, 2)
                           for step in (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)), 100.0)  # fmt: skip
 
     def __init__(self) -> None:
         self._counts = [0] * (len(self.BOUNDS) + 1)
-        self.sum = 0.0  #: seconds of all queries in counts
-        self._added: list[float] = []
-        self.add = self._added.append  #: counts one query of so many seconds
+        self._verdicts = dict.fromkeys(VERDICTS, 0)
+        self._sum = 0.0
+        self._added: list[tuple[float, bytes]] = []
+        self.add = self._added.append  #: counts an answer: its seconds and its action
 
-    @property
-    def mean(self) -> float:
-        """Seconds of a query, as of the last counts()."""
-        return self.sum / max(1, sum(self._counts))
-
-    def counts(self) -> list[int]:
-        """Return queries by bound. What was added since the last call takes memory until then."""
-        self.sum += sum(self._added)
-        for seconds in self._added:
-            self._counts[bisect_left(self.BOUNDS, seconds)] += 1
+    def read(self) -> tuple[list[int], dict[str, int], float]:
+        """Return answers by bound, answers by verdict, and the seconds of all."""
+        if not self._added:
+            return self._counts, self._verdicts, self._sum
+        seconds, actions = zip(*self._added, strict=True)
+        times, below = sorted(seconds), 0
+        for place, bound in enumerate((*self.BOUNDS, math.inf)):
+            end = bisect_right(times, bound)
+            self._counts[place] += end - below
+            below = end
+        words = map(operator.itemgetter(0), map(operator.methodcaller('partition', b' '), actions))
+        for word, number in Counter(words).items():
+            self._verdicts[verdict(word)] += number
+        self._sum += sum(times)
         self._added.clear()
-        return self._counts
+        return self._counts, self._verdicts, self._sum
 
     @classmethod
     def quantile(cls, counts: Sequence[float], part: float) -> float | None:
@@ -432,8 +441,8 @@ def parse_address(text: str) -> tuple[Address, list[str]]:
 class Settings:
     """What the options say of one policy server, and what it was asked and answered."""
 
-    __slots__ = ('address', 'failures', 'fall', 'latency', 'max', 'name', 'prio', 'queries', 'stall', 'timeout',
-                 'verdicts', 'weight')  # fmt: skip
+    __slots__ = ('address', 'answers', 'failures', 'fall', 'max', 'name', 'prio', 'queries', 'stall', 'tally',
+                 'timeout', 'weight')  # fmt: skip
 
     def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
                  timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
@@ -442,10 +451,9 @@ class Settings:
         self.max = maximum  # connections and checks at once
         self.fall = 2  # failed mails in a row that take it down beside another
         self.stall = 5.0  # seconds without an answer while mail is in flight
-        self.queries = 0
+        self.queries = self.answers = 0  # all, and those that were answered
         self.failures = dict.fromkeys(FAILURES, 0)
-        self.verdicts = dict.fromkeys(VERDICTS, 0)  # of its answers
-        self.latency = Latency()  # of its answers, from the request to the answer
+        self.tally = Tally()  # of its answers, from the request to the answer
 
     @property
     def where(self) -> str:
@@ -453,9 +461,9 @@ class Settings:
         return str(self.address)
 
     @property
-    def answers(self) -> int:
-        """Queries that were answered."""
-        return sum(self.verdicts.values())
+    def verdicts(self) -> dict[str, int]:
+        """Answers by what they do to the mail."""
+        return self.tally.read()[1]
 
     @property
     def failed(self) -> int:
@@ -500,9 +508,9 @@ class Service(Settings):
 
     def answered(self, action: bytes, since: float, current: bool, now: float) -> None:
         """Count an answer to a mail that was sent at `since`; it says something of the state if that is current."""
-        self.verdicts[VERDICT_OF.get(action.partition(b' ')[0]) or verdict(action)] += 1
-        add = self.latency.add
-        add(now - since)
+        self.answers += 1
+        add = self.tally.add
+        add((now - since, action))
         if current:
             self.answered_at = now
             if since > self.newest:
@@ -690,8 +698,8 @@ class Statistics:
 
 
 def sample(service: Service) -> list[Any]:
-    """Return the counters of a service: monotonic seconds, answers, failures, and answers by bound of its Latency."""
-    return [time.monotonic(), service.answers, service.failed, *service.latency.counts()]
+    """Return the counters of a service: monotonic seconds, answers, failures, and answers by bound of its Tally."""
+    return [time.monotonic(), service.answers, service.failed, *service.tally.read()[0]]
 
 
 def difference(new: Iterable[Any], old: Iterable[Any]) -> list[Any]:
@@ -705,7 +713,7 @@ def summaries(statistics: Statistics, services: Sequence[Service]) -> Iterator[s
     while True:
         now = [[statistics.requests, statistics.answers, sum(statistics.defaults.values())], *map(sample, services)]
         total, *since = map(difference, now, before or now)
-        slowest = [f'{service.name} {milliseconds(Latency.quantile(counts, 0.99))}'
+        slowest = [f'{service.name} {milliseconds(Tally.quantile(counts, 0.99))}'
                    for service, (_, _, _, *counts) in zip(services, since, strict=True)]  # fmt: skip
         before = now
         yield (f'summary of {since[0][0]:.0f}s, requests: {total[0]}, answers: {total[1]}, defaults: {total[2]}, '
@@ -1053,8 +1061,8 @@ CHECKED, SINGLE_USE, UNCHECKED = 'checked', 'single use', 'unchecked'
 class Connection(Wire):
     """A connection to a server: it decides what is an answer. One request at a time."""
 
-    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'silent_at', 'since', 'spent', 'surplus',
-                 'timer', 'used')  # fmt: skip
+    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'silent_at', 'since', 'spent', 'timer',
+                 'used')  # fmt: skip
 
     def __init__(self, pool: Pool, now: float) -> None:
         """Make one that is not open yet: the first ask() opens it."""
@@ -1067,7 +1075,7 @@ class Connection(Wire):
         self.expires = now + MAX_AGE
         self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
         self.used = False  # it answered something, its check at least
-        self.spent = self.surplus = False  # not to be used again; as more than an answer came
+        self.spent = ''  # why it is not to be used again: ENDED, or SURPLUS
         self.holder: Client | None = None  # whose message was answered by it last, and may ask more
         #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: it may be taken again before the
         #: loop has polled. None while it is not open.
@@ -1102,9 +1110,7 @@ class Connection(Wire):
                 self._see_silence(now)
             elif now - self.idle_since >= QUIET:
                 self.silent_at = now
-        timer = self.timer
-        if left < timer.seconds:
-            timer = QueryTimeout(max(0.001, left))
+        timer = self.timer if left >= self.timer.seconds else QueryTimeout(max(0.001, left))
         self._data, sent = b'', False
         timer.again(self.user.throw, timer)
         try:
@@ -1128,7 +1134,7 @@ class Connection(Wire):
             return self._after_timeout(timer, sent)
         finally:
             timer.stop()
-        self.spent = True
+        self.spent = ENDED
         if not self._data:
             again = self.used or self.pool.use is SINGLE_USE
             raise (Ended if again else ServiceFailure)(DROPPED, 'it hung up without an answer')
@@ -1172,8 +1178,8 @@ class Connection(Wire):
             raise ServiceFailure(DROPPED if closed else INVALID, str(error)) from None
         if answer is None:
             return None
-        action, self.surplus = answer
-        self.used, self.spent = True, self.spent or self.surplus
+        action, more = answer
+        self.used, self.spent = True, SURPLUS if more else self.spent
         return action
 
     def check(self, left: float = math.inf) -> tuple[str, bytes]:
@@ -1184,9 +1190,7 @@ class Connection(Wire):
         self.user = getcurrent()
         action = self.ask(CHECK, time.monotonic(), left)
         self.pool.service.check_answered(self.since, time.monotonic())
-        if self.spent:
-            return (SURPLUS if self.surplus else ENDED), action
-        said = self.listen(QUIET)
+        said = self.spent or self.listen(QUIET)
         self.idle_since = self.silent_at = time.monotonic()
         return said, action
 
@@ -1478,7 +1482,8 @@ class Pool:
     @property
     def give_up_pace(self) -> float:
         """Seconds between two connections that are given up."""
-        return max(GIVE_UP, 10 * self.service.latency.mean)
+        counts, _, seconds = self.service.tally.read()
+        return max(GIVE_UP, 10 * seconds / max(1, sum(counts)))
 
     def count_open(self) -> int:
         """Return how many connections are open, after a look for those that have ended."""
@@ -1558,7 +1563,7 @@ class Pool:
             if self.wanting:
                 self.queue.hand_over(self, now)
         else:
-            if connection.surplus:
+            if connection.spent is SURPLUS:
                 self.said_more('more than one answer to a request', now)
             self._end(connection, current, now)
 
@@ -1629,7 +1634,7 @@ class Pool:
             self.checker.stop()  # others are before us in the server's backlog from now on
         for connection in there:
             if now >= connection.expires:
-                connection.spent = True  # after its next answer
+                connection.spent = ENDED  # after its next answer
             idle_at_most = SPARE_IDLE if self.open > 1 else UNHEARD
             if connection not in self.busy and (connection.spent or now - connection.idle_since >= idle_at_most):
                 self._close(connection)
@@ -2053,7 +2058,7 @@ class Proxy:
     def _each_second(self, now: float) -> None:
         self.queue.prune(now)
         for service, pool in self.pools.items():
-            service.latency.counts()
+            service.tally.read()
             if pool.stalled(now) != (service in self._stalled):
                 self._stalled ^= {service}
                 pool.report(f'is stalled: {len(pool.busy)} requests and no answer' if service in self._stalled
@@ -2239,7 +2244,7 @@ class Status:
         pool, lasting = self._proxy.pools[service], now - service.since
         seconds, answered, failed, *counts = lately[service]
         answers = sum(lately[each][1] for each in self._services)
-        slow = {name: Latency.quantile(counts, part) for name, part in (('p50', 0.5), ('p95', 0.95), ('p99', 0.99))}
+        slow = {name: Tally.quantile(counts, part) for name, part in (('p50', 0.5), ('p95', 0.95), ('p99', 0.99))}
         steps = [difference(new[service][1:3], old[service][1:3]) for old, new in itertools.pairwise(self._samples)]
         since = time.strftime('%b %e %H:%M:%S', time.localtime(wall - lasting))  # as the log has it
         return {
@@ -2252,7 +2257,7 @@ class Status:
             'idle_connections': len(pool.idle) + len(pool.held), 'checks': len(pool.checker.running),
             'requests_per_second': round((answered + failed) / max(1.0, seconds), 2),  # of the first moments as of one
             'share': round(answered / answers, 4) if answers else None,
-            **{name: None if bound is None else min(bound, Latency.BOUNDS[-1]) for name, bound in slow.items()},
+            **{name: None if bound is None else min(bound, Tally.BOUNDS[-1]) for name, bound in slow.items()},
             'history': {'answers': [step[0] for step in steps], 'failed': [step[1] for step in steps]},
         }  # fmt: skip
 
@@ -2292,7 +2297,7 @@ class Status:
             yield family
         seconds = core.HistogramMetricFamily('hapolicy_query_seconds', 'time to each answer', labels=['service'])
         for service in self._services:
-            seconds.add_metric([service.name], buckets(service.latency), service.latency.sum)
+            seconds.add_metric([service.name], buckets(service.tally), service.tally.read()[2])
         yield seconds
 
 
@@ -2319,10 +2324,10 @@ METRICS: Sequence[tuple[str, str, str, list[str], str]] = (
 )
 
 
-def buckets(latency: Latency) -> list[tuple[str, int]]:
+def buckets(tally: Tally) -> list[tuple[str, int]]:
     """Return a histogram as Prometheus has it: cumulative, here with 1-2-5 bounds."""
-    bounds = [*(f'{bound:g}' for bound in latency.BOUNDS), '+Inf']
-    seen = itertools.accumulate(latency.counts())
+    bounds = [*(f'{bound:g}' for bound in tally.BOUNDS), '+Inf']
+    seen = itertools.accumulate(tally.read()[0])
     return [(bound, count) for bound, count in zip(bounds, seen, strict=True)
             if bound.strip('0.') in ('1', '2', '5', '+Inf')]  # fmt: skip
 

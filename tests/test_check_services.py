@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from hapolicy_gevent import Latency, Statistics, parse_service, summaries, verdict
+from hapolicy_gevent import Statistics, Tally, parse_service, summaries, verdict
 from tests.support import (
     MODULE,
     HangUp,
@@ -144,18 +144,18 @@ def test_an_action_counts_as_what_it_does_to_the_mail(action: bytes, kind: str) 
 
 
 def test_quantiles_are_the_bounds_that_hold() -> None:
-    latency = Latency()
-    assert Latency.quantile(latency.counts(), 0.5) is None
+    tally = Tally()
+    assert Tally.quantile(tally.read()[0], 0.5) is None
     for _ in range(99):
-        latency.add(0.0011)
-    latency.add(500)
-    assert Latency.quantile(latency.counts(), 0.5) == pytest.approx(0.00125)
-    assert Latency.quantile(latency.counts(), 0.99) == pytest.approx(0.00125)
-    assert Latency.quantile(latency.counts(), 0.999) == math.inf
-    assert latency.sum == pytest.approx(99 * 0.0011 + 500)
-    assert list(Latency.BOUNDS) == sorted(Latency.BOUNDS)
+        tally.add((0.0011, b'DUNNO'))
+    tally.add((500, b'DUNNO'))
+    assert Tally.quantile(tally.read()[0], 0.5) == pytest.approx(0.00125)
+    assert Tally.quantile(tally.read()[0], 0.99) == pytest.approx(0.00125)
+    assert Tally.quantile(tally.read()[0], 0.999) == math.inf
+    assert tally.read()[2] == pytest.approx(99 * 0.0011 + 500)
+    assert list(Tally.BOUNDS) == sorted(Tally.BOUNDS)
     for bound in (0.001, 0.002, 0.005, 0.1, 1, 10, 100):
-        assert any(math.isclose(bound, known) for known in Latency.BOUNDS)
+        assert any(math.isclose(bound, known) for known in Tally.BOUNDS)
 
 
 def test_a_summary_counts_since_the_last_and_is_silent_without_requests() -> None:
@@ -167,7 +167,7 @@ def test_a_summary_counts_since_the_last_and_is_silent_without_requests() -> Non
     statistics.answers += 2
     statistics.defaults['deadline'] += 1
     services[1].failures['refused'] += 4
-    services[0].latency.add(0.003)
+    services[0].tally.add((0.003, b'DUNNO'))
     assert next(lines) == ('summary of 0s, requests: 3, answers: 2, defaults: 1, failures: 4,'
                               ' p99: A 3.15 ms, B -')  # fmt: skip
     assert next(lines) == ''

@@ -83,7 +83,7 @@ class ModelConnection(Connection):
         return self.pool.queue.model.ask(self, min(left, self.pool.service.timeout))
 
     def renew(self, left: float) -> None:
-        self.dead, self.used, self.spent = False, True, False
+        self.dead, self.used, self.spent = False, True, ''
         self.since = self.pool.queue.model.clock.now  # type: ignore[attr-defined]
 
     def close(self) -> None:
@@ -317,7 +317,7 @@ class Model(RuleBasedStateMachine):
         elif kind != 'hangs with mail':
             request.outcome = b'DUNNO'
             connection.used = True
-            connection.spent = kind == 'once each'
+            connection.spent = ENDED if kind == 'once each' else ''
 
     @rule(data=st.data(), kind=st.sampled_from(KINDS))
     def a_server_changes(self, data: Any, kind: str) -> None:

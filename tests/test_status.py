@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hapolicy_gevent import STATUS_PAGE, Latency, buckets, duration
+from hapolicy_gevent import STATUS_PAGE, Tally, buckets, duration
 from tests.servers import checked
 from tests.status import StatusProxy
 from tests.support import (
@@ -257,10 +257,10 @@ def test_every_metric_is_the_counter() -> None:
 
 
 def test_the_buckets_are_cumulative_at_1_2_5() -> None:
-    latency = Latency()
+    tally = Tally()
     for seconds in (0.00005, 0.0002, 0.00021, 0.3, 1000):
-        latency.add(seconds)
-    found = dict(buckets(latency))
+        tally.add((seconds, b'DUNNO'))
+    found = dict(buckets(tally))
     assert list(found)[:4] == ['0.0001', '0.0002', '0.0005', '0.001']
     assert list(found)[-4:] == ['20', '50', '100', '+Inf'] and len(found) == 20
     assert [found[bound] for bound in ('0.0001', '0.0002', '0.0005', '0.2', '0.5', '100', '+Inf')] == [
