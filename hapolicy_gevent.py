@@ -482,8 +482,9 @@ class Service(Settings):
     __slots__ = ('answered_at', 'blamed', 'changed', 'checked_at', 'failed_at', 'in_a_row', 'late_in_a_row', 'newest',
                  'since', 'state', 'why')  # fmt: skip
 
-    def __init__(self, *settings: Any) -> None:
-        super().__init__(*settings)
+    def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
+                 timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
+        super().__init__(name, address, prio, weight, timeout, maximum)
         self.state, self.since, self.why = UP, 0.0, 'never down'
         self.blamed = False  # mail took it down, or put it on trial: it stays on trial until mail is answered
         self.in_a_row = self.late_in_a_row = 0  # mails that failed since one was answered; and the late
@@ -549,7 +550,8 @@ class Service(Settings):
         if state is not TRIAL or self.state is UP:
             self.why = why
         self.state, self.in_a_row, self.late_in_a_row = state, 0, 0
-        self.changed(self, f'[{self.name}] ({self.where}) is {state}: {why}{lasted}', now)
+        where = f'[{self.name}] ({self.where})'
+        self.changed(self, f'{where} is {"on " if state is TRIAL else ""}{state}: {why}{lasted}', now)
 
 
 def parse_service(text: str) -> Service:
@@ -1247,6 +1249,7 @@ class Connection(Wire):
     def close(self) -> None:
         if self.poll is not None:
             super().close()
+            self.timer.close()
 
 
 class QueryTimeout(gevent.Timeout):
@@ -1288,9 +1291,9 @@ class Checker:
         self._doubted_at = math.inf  # when a check ended, before or behind its answer: one that begins later is to tell
 
     @property
-    def full(self) -> bool:
-        """Whether the service serves some connections, but no more."""
-        return self.at_once < self.pool.service.max
+    def full(self) -> int:
+        """How many connections the service serves, if it serves no more; else 0."""
+        return max(1, self.pool.open) if self.at_once < self.pool.service.max else 0
 
     def spawn(self, check: Connection) -> Any:
         """Run a check in a greenlet of its own."""
@@ -1332,13 +1335,13 @@ class Checker:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
                 return pool.service.turn(TRIAL, 'mail may try it', now)
             number = 1
-        elif not self.enabled or (self._doubted_at < now and running):
-            return  # those that run will tell
+        elif not self.enabled:
+            return
         else:
             waits = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
             more = more or self._due(now) or (waits and pool.wanting > 0)
-            number = max(pool.wanting if pool.use is CHECKED else 0, running + more)
-            number = min(number, self.at_once + waits)
+            many = pool.use is CHECKED and not (self._doubted_at < now and running)  # else those that run are to tell
+            number = min(max(pool.wanting if many else 0, running + more), self.at_once + waits)
         for _ in range(min(number - len(self.running), pool.room)):
             self._start(now)
 
@@ -1426,11 +1429,10 @@ class Checker:
 
     def _limit(self, why: str, now: float) -> None:
         """Note that no more connections are served than are open."""
-        if not self.full and self.pool.service.max > 1:
-            number = max(1, self.pool.open)
-            self.pool.report(f'is full: it serves {number} connections, and a further one had: {why}. If that lasts,'
-                             f' set its max to {number}, or give it more workers')  # fmt: skip
-        self.at_once, self._doubted_at = 1, math.inf
+        known, self.at_once, self._doubted_at = self.full, 1, math.inf
+        if self.full and not known:
+            self.pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
+                             f' set its max to {self.full}, or give it more workers')  # fmt: skip
 
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
@@ -1631,7 +1633,8 @@ class Pool:
         if now >= self.give_up_at and (there if self.wanting else self.idle and len(there) > 1):
             self.give_up_at = math.inf
             min(self.idle or there, key=lambda connection: connection.expires).expires = now
-            self.checker.stop()  # others are before us in the server's backlog from now on
+            if self.checker.full:
+                self.checker.stop()  # others are before us in the server's backlog from now on
         for connection in there:
             if now >= connection.expires:
                 connection.spent = ENDED  # after its next answer
@@ -1933,9 +1936,9 @@ class Proxy:
                 continue
             self.statistics.answers += 1
             if failure is None:
-                return action, connection.pool.service, 1, 'ok'
+                return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
-            return action, connection.pool.service, len(tried), f'ok after {failure.reason}'
+            return action, connection.pool.service, len(tried), f'answered after {failure.reason}'
         reason = NO_SERVICE if failure is None else ALL_FAILED
         if time.monotonic() >= deadline:
             reason = OUT_OF_TIME
@@ -2023,7 +2026,7 @@ class Proxy:
     def _log_request(self, decision: Decision, request: bytes, delay: float) -> None:
         action, service, _, why = decision
         if self._log.verbose:
-            if service is not None and why.startswith('ok'):
+            if service is not None and why.startswith('answered'):
                 self._log(INFO, f"Answer from '{service.name}' -> '{printable(action)}'")
             self._log(INFO, f'Action: {printable(action)}')
         self._log(INFO, request_line(decision, request, delay))

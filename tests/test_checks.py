@@ -178,7 +178,7 @@ def test_a_server_that_hangs_with_mail_holds_five_smtpds_where_it_is_alone() -> 
     broken.set()
     with stubs(checked(behave)) as (a,), ProxyProcess('-s', a.service + ':::2') as proxy:
         in_threads(2, lambda i: ask_all(proxy, 1, 1))
-        proxy.logged('is trial')
+        proxy.logged('is on trial')
         most[0] = 0
         end = time.monotonic() + 4.5
         held: list[float] = []
@@ -311,7 +311,7 @@ def test_a_paused_proxy_passes_on_the_answers_that_came_meanwhile() -> None:
         for client, instance in zip(clients, instances, strict=True):
             assert client.read_answer() == f'action=DUNNO {instance} A\n\n'.encode()
         time.sleep(1)
-        assert 'is down' not in proxy.log and 'is trial' not in proxy.log
+        assert 'is down' not in proxy.log and 'is on trial' not in proxy.log
 
 
 KINDS: dict[str, Behaviour] = {

@@ -20,7 +20,7 @@ from tests.support import MODULE, PostfixClient, ProxyProcess, echo, free_port, 
 LINE = re.compile(
     r"\[A\] \(127\.0\.0\.1:\d+\), prio: 10, weight: 1, queries: \d+, answers: \d+, failed: 0, delay: \d\.\d{3}s, "
     r"client: mail\.example\.net\[192\.0\.2\.7\], helo: <mail\.example\.net>, from: <alice@example\.net>, "
-    r"to: <bob@example\.org>, action: 'DUNNO i1 A', instance: i1, tries: 1, why: (ok|answered)$"
+    r"to: <bob@example\.org>, action: 'DUNNO i1 A', instance: i1, tries: 1, why: answered$"
 )
 
 
@@ -29,7 +29,7 @@ def service() -> Service:
 
 
 def test_a_request_line_has_the_ancestors_fields_in_its_order_and_ours() -> None:
-    line = request_line((b'DUNNO i1 A', service(), 1, 'ok'), request(instance='i1'), 0.0031)
+    line = request_line((b'DUNNO i1 A', service(), 1, 'answered'), request(instance='i1'), 0.0031)
     assert LINE.match(line), line
     assert 'delay: 0.003s' in line
 

@@ -134,7 +134,7 @@ def test_one_outage_has_one_beginning_and_its_last_reason() -> None:
             ask(proxy, 4)
             proxy.logged('is down: mail failed 2 times in a row, the last: invalid (up for ')
             first = proxy.data()['services'][0]
-            proxy.logged('is trial: its check passed (down for ')
+            proxy.logged('is on trial: its check passed (down for ')
             waiting = proxy.data()
             assert waiting['services'][0]['state'] == 'trial' and waiting['headline']['level'] == 'warning'
             assert waiting['headline']['text'].startswith('1 of 2 services are up. A is on trial since ')

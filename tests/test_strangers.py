@@ -155,7 +155,7 @@ def test_i9_a_slow_message_alone_stops_no_other() -> None:
         with proxy.client() as stranger, GoodMail(proxy, 2, 0.1) as good:
             assert stranger.ask(request(sender='slow', instance=new_instance())) == 'dunno'
         assert set(good.servers) == {'A'} and sorted(good.waited)[len(good.waited) // 2] < 0.5 * SCALE
-        assert 'is down' not in proxy.log and 'is trial' not in proxy.log
+        assert 'is down' not in proxy.log and 'is on trial' not in proxy.log
 
 
 def test_i9_a_message_that_fails_everywhere_gets_the_action_of_failed_and_others_the_default() -> None:
@@ -173,7 +173,7 @@ def test_mail_that_a_server_fails_at_while_its_check_passes_takes_it_down_beside
         with proxy.client() as client:
             assert {client.ask_own() for _ in range(10)} == {'B'}
             proxy.logged('[A] (' + a.service[2:] + ') is down: mail failed 2 times in a row')
-            proxy.logged('[A] (' + a.service[2:] + ') is trial')
+            proxy.logged('[A] (' + a.service[2:] + ') is on trial')
             a.behaviour = echo
             assert {client.ask_own() for _ in range(10)} == {'A', 'B'}
             proxy.logged('[A] (' + a.service[2:] + ') is up: mail was answered')
