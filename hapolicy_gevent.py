@@ -623,10 +623,6 @@ class Balancer:
             if turns:
                 self._rounds.append(functools.partial(itertools.islice, itertools.cycle(turns), len(turns)))
 
-    def alone(self, service: Service) -> bool:
-        """Tell whether no other service is up."""
-        return self.up == (service.state is UP)
-
     def choose(self, instance: bytes, tried: Sequence[Pool], now: float) -> Pool | None:
         """Return the pool to take a connection of, or to wait for a moment; None to wait for any."""
         if instance:
@@ -1231,11 +1227,6 @@ class Connection(Wire):
         self.watch()
         return self.look()
 
-    def ended(self) -> bool:
-        """Tell whether the server has ended it, whatever is there to receive before that."""
-        ends = select.POLLRDHUP | select.POLLHUP | select.POLLERR
-        return self.poll is not None and any(event & ends for _, event in self.poll(0))
-
     def unexpected(self) -> None:
         if self not in self.pool.idle and self not in self.pool.held:
             self._watcher.stop()  # it is busy, and still sends
@@ -1354,12 +1345,10 @@ class Checker:
         kept = check  # compiled, nothing else holds it once stop() has dropped it
         try:
             said, _ = kept.check()
-        except ServiceFailure as failure:
-            self.failed(check, failure, time.monotonic())
-        except Exception as error:  # a fault of ours says nothing of the service
-            self.failed(check, ServiceFailure(INTERNAL, repr(error)), time.monotonic())
-        else:
             self.passed(check, said, time.monotonic())
+        except Exception as error:  # a fault of ours says nothing of the service
+            failure = error if isinstance(error, ServiceFailure) else ServiceFailure(INTERNAL, repr(error))
+            self.failed(check, failure, time.monotonic())
         finally:
             if kept not in self.pool.idle and kept not in self.pool.busy:
                 kept.close()
@@ -1415,10 +1404,10 @@ class Checker:
             pool.queue.balancer.update()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
-        elif (service.heard_at > check.since) if reason is LATE else pool.count_open():
+        elif (service.heard_at > check.since) if reason is LATE else pool.look():
             self._limit(f'{reason}, {failure}', now)
             pool.queue.hand_over(pool, now)
-        elif reason not in (DROPPED, INVALID) or (self._confirms(check, now) and not self.running):
+        elif reason not in (DROPPED, INVALID) or self._confirms(check, now):
             self.reason = reason
             service.turn(DOWN, f'its check: {reason}, {failure}', now)
 
@@ -1487,12 +1476,15 @@ class Pool:
         counts, _, seconds = self.service.tally.read()
         return max(GIVE_UP, 10 * seconds / max(1, sum(counts)))
 
-    def count_open(self) -> int:
-        """Return how many connections are open, after a look for those that have ended."""
+    def look(self) -> int:
+        """Close the idle connections that have ended; return how many are open."""
         for connection in [*self.held, *self.idle]:
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
-        return len(self.idle) + len(self.held) + sum(not connection.ended() for connection in self.busy)
+        ends = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+        ended = [connection for connection in self.busy
+                 if connection.poll is not None and any(event & ends for _, event in connection.poll(0))]  # fmt: skip
+        return self.open - len(ended)
 
     def admits(self, waited: float, now: float) -> bool:
         """Tell whether a request may wait for it which has waited for so many seconds.
@@ -1556,40 +1548,34 @@ class Pool:
             self.use = UNCHECKED
             self.report(f'fails its checks ({self.checker.reason}), but answers mail: it is used without checks')
         service.answered(action, connection.since, current, now)
-        if current and reuse and not connection.spent and self.use is not SINGLE_USE and now > self.once_until:
-            connection.idle_since = now
-            if connection.holder is None:
-                self.idle.append(connection)
-            else:
-                self.held[connection] = None
-            if self.wanting:
-                self.queue.hand_over(self, now)
-        else:
-            if connection.spent is SURPLUS:
-                self.said_more('more than one answer to a request', now)
-            self._end(connection, current, now)
+        if connection.spent is SURPLUS:
+            self.said_more('more than one answer to a request', now)
+        connection.idle_since = now
+        keep = current and reuse and not connection.spent and self.use is not SINGLE_USE and now > self.once_until
+        self._release(connection, keep, now)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
         """Close a connection whose mail was not answered: a check is to tell whether the service is well."""
-        service, current = self.service, self.busy.pop(connection, self) is None
+        service = self.service
         service.failures[failure.reason] += 1
-        if current:
-            alone = self.queue.balancer.alone(service)
+        if self.busy.pop(connection, self) is None:  # and not from before it went down
+            alone = self.queue.balancer.up == (service.state is UP)
             service.mail_failed(failure.reason, connection.since, alone, self.wanting > 0, now)
             self.checker.grow(now)
-        self._end(connection, current, now)
+        self._release(connection, False, now)
 
-    def give_back(self, connection: Connection, now: float, unused: bool = False) -> None:
+    def give_back(self, connection: Connection, unused: bool) -> None:
         """Take back a connection whose request was abandoned, and close it, unless it was not used at all."""
-        if self.busy.pop(connection, self) is None and unused:
-            self.idle.append(connection)
-            self.queue.hand_over(self, now)
-        else:
-            self._end(connection, True, now)
+        self._release(connection, self.busy.pop(connection, self) is None and unused, time.monotonic())
 
-    def _end(self, connection: Connection, current: bool, now: float) -> None:
-        connection.close()
-        if current:
+    def _release(self, connection: Connection, keep: bool, now: float) -> None:
+        if not keep:
+            connection.close()
+        elif connection.holder is None:
+            self.idle.append(connection)
+        else:
+            self.held[connection] = None
+        if self.wanting:
             self.queue.hand_over(self, now)
 
     def let_go(self, connection: Connection, client: Client) -> None:
@@ -1699,12 +1685,16 @@ class Queue:
                 self._join(waiter, pools, now)
                 if waiter.connection is None:
                     ends = [since + seconds for seconds in (PATIENCE, TRIAL_PATIENCE, STALLED_AFTER)]
-                    self._sleep(waiter, min([end for end in ends if end > now] + [deadline]) - now)
+                    waiter.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
                 if waiter.connection is not None:
                     self.balancer.bind(client.instance, waiter.connection.pool)
                     break
                 waiter.woken.clear()
                 now = time.monotonic()
+        except BaseException:  # its client left
+            if waiter.connection is not None:  # handed over in the same moment
+                waiter.connection.pool.give_back(waiter.connection, unused=True)
+            raise
         finally:
             waiter.leave(*waiter.pools)
             self.waiters.discard(waiter)
@@ -1719,14 +1709,6 @@ class Queue:
         for pool in pools:
             if waiter.connection is None:
                 self.hand_over(pool, now)
-
-    def _sleep(self, waiter: Waiter, seconds: float) -> None:
-        try:
-            waiter.woken.wait(seconds)
-        except BaseException:  # its client left
-            if waiter.connection is not None:  # handed over in the same moment
-                waiter.connection.pool.give_back(waiter.connection, time.monotonic(), unused=True)
-            raise
 
     def hand_over(self, pool: Pool, now: float) -> None:
         """Give what the pool has to those who wait for it, and let it grow for the rest."""
@@ -1763,11 +1745,6 @@ class Queue:
             pool.checker.backoff = BACKOFF_FIRST  # when it goes down next
         for waiter in concerned:
             waiter.woken.set()
-
-    def tick(self, now: float) -> None:
-        """Do what time alone brings: judge checks and start those that are due."""
-        for pool in self._heaps:
-            pool.checker.watch(now)
 
     def prune(self, now: float) -> None:
         """Close idle connections, and forget who is done."""
@@ -1963,7 +1940,7 @@ class Proxy:
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
             now = time.monotonic()
             if isinstance(error, ClientFault):
-                pool.give_back(connection, now)
+                pool.give_back(connection, unused=False)
                 raise
             failure = error if isinstance(error, ServiceFailure) else ServiceFailure(INTERNAL, repr(error))
             pool.report(f'failed: {failure.reason}, {failure}, instance: {printable(client.instance)}')
@@ -2051,7 +2028,8 @@ class Proxy:
             gevent.sleep(pause)
             try:
                 now = time.monotonic()
-                self.queue.tick(now)
+                for pool in self.pools.values():
+                    pool.checker.watch(now)
                 if now - second >= 1:
                     second = now
                     self._each_second(now)

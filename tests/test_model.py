@@ -105,19 +105,37 @@ class ModelClient(Client):
         self.answers.append(action)
 
 
-class ModelQueue(Queue):
-    """Stops a request where it would sleep, and sees that the first come is the first served."""
+class ModelEvent:
+    """Stops a request where it would sleep."""
 
     model: Model
 
-    def _sleep(self, waiter: Waiter, seconds: float) -> None:
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def set(self) -> None:
+        self.is_set = True
+
+    def clear(self) -> None:
+        self.is_set = False
+
+    def wait(self, seconds: float) -> None:
         assert seconds > 0
-        try:
-            self.model.stop(lambda: waiter.woken.is_set(), self.model.clock.now + seconds)
-        except ClientFault:
-            if waiter.connection is not None:
-                waiter.connection.pool.give_back(waiter.connection, self.model.clock.now, unused=True)
-            raise
+        self.model.stop(lambda: self.is_set, self.model.clock.now + seconds)
+
+
+class ModelWaiter(Waiter):
+    """A waiter that stops in the model."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(client)
+        self.woken = ModelEvent()  # type: ignore[assignment]
+
+
+class ModelQueue(Queue):
+    """Sees that the first come is the first served."""
+
+    model: Model
 
     def hand_over(self, pool: Pool, now: float) -> None:
         heap = sorted(self._heaps[pool], key=lambda entry: entry[:2])
@@ -158,9 +176,11 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.saved = hapolicy_gevent.time, hapolicy_gevent.Connection  # type: ignore[attr-defined]
+        self.saved = hapolicy_gevent.time, hapolicy_gevent.Connection, hapolicy_gevent.Waiter  # type: ignore[attr-defined]
         hapolicy_gevent.time = self.clock  # type: ignore[assignment, attr-defined]
         hapolicy_gevent.Connection = ModelConnection  # type: ignore[misc]
+        hapolicy_gevent.Waiter = ModelWaiter  # type: ignore[misc]
+        ModelEvent.model = self
         self.instances = (b'm%d' % i for i in itertools.count())
         self.requests: list[Request] = []
         self.again = False
@@ -191,7 +211,11 @@ class Model(RuleBasedStateMachine):
             self.kinds[pool] = kind
         self.clients = [ModelClient() for _ in range(8)]
         self.idle = list(self.clients)
-        self.queue.tick(self.clock.now)
+        self.tick()
+
+    def tick(self) -> None:
+        for pool in self.pools:
+            pool.checker.watch(self.clock.now)
 
     def kill(self, block: bool) -> None:
         """Stands for the kill() of a check's greenlet."""
@@ -364,7 +388,7 @@ class Model(RuleBasedStateMachine):
                 for check in list(pool.checker.running):
                     if self.clock.now - check.since >= pool.service.timeout:
                         pool.checker.failed(check, ServiceFailure(LATE, 'no answer'), self.clock.now)
-            self.queue.tick(self.clock.now)
+            self.tick()
             if int(self.clock.now) != int(self.clock.now - TICK):
                 self.queue.prune(self.clock.now)
             self.run()
@@ -424,7 +448,7 @@ class Model(RuleBasedStateMachine):
         for request in list(self.requests):
             self.main = getcurrent()
             request.greenlet.throw(ClientFault(RESET))
-        hapolicy_gevent.time, hapolicy_gevent.Connection = self.saved  # type: ignore[attr-defined, misc]
+        hapolicy_gevent.time, hapolicy_gevent.Connection, hapolicy_gevent.Waiter = self.saved  # type: ignore[attr-defined, misc]
         gevent.get_hub().loop.update_now()
 
 
