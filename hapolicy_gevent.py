@@ -1543,16 +1543,14 @@ class Pool:
 
     def answered(self, connection: Connection, action: bytes, reuse: bool, now: float) -> None:
         """Take back a connection whose mail was answered; close it if it is not to be used again."""
-        service, current = self.service, self.busy.pop(connection, self) is None  # and not from before it went down
-        if current and service.state is DOWN:
-            self.use = UNCHECKED
-            self.report(f'fails its checks ({self.checker.reason}), but answers mail: it is used without checks')
-        service.answered(action, connection.since, current, now)
-        if connection.spent is SURPLUS:
-            self.said_more('more than one answer to a request', now)
+        current = self.busy.pop(connection, self) is None  # and not from before the service went down
+        self.service.answered(action, connection.since, current, now)
         connection.idle_since = now
-        keep = current and reuse and not connection.spent and self.use is not SINGLE_USE and now > self.once_until
-        self._release(connection, keep, now)
+        if connection.spent:
+            reuse = False
+            if connection.spent is SURPLUS:
+                self.said_more('more than one answer to a request', now)
+        self._release(connection, reuse and current and self.use is not SINGLE_USE and now > self.once_until, now)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
         """Close a connection whose mail was not answered: a check is to tell whether the service is well."""
@@ -1743,6 +1741,9 @@ class Queue:
                 self.log(WARNING, 'No service is up: requests get the default action')
         elif service.state is UP:
             pool.checker.backoff = BACKOFF_FIRST  # when it goes down next
+            if pool.checker.reason:
+                pool.use = UNCHECKED
+                pool.report(f'fails its checks ({pool.checker.reason}), but answers mail: it is used without checks')
         for waiter in concerned:
             waiter.woken.set()
 
@@ -1923,11 +1924,11 @@ class Proxy:
 
     def _query(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
         """Pass on the answer of one service; return its action. Raises ServiceFailure, ClientFault."""
-        pool, service, retried = connection.pool, connection.pool.service, False
+        pool, retried = connection.pool, False
         connection.user = client.user
         try:
             while True:
-                service.queries += 1
+                pool.service.queries += 1
                 try:
                     action = connection.ask(request, connection.since, deadline - connection.since)
                     break
