@@ -130,7 +130,7 @@ ONCE = 60.0
 MAX_AGE = 1000.0
 #: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
 #: children. For a slow server ten times of what a query takes.
-GIVE_UP = 2.0
+GIVE_UP = 1.5
 #: Seconds a connection waits for the lookup of its service's name before it takes the address of last time, and for one
 #: that is under way when it cannot connect there.
 LOOKUP, LOOKUP_MAX = 0.1, 1.0
@@ -1622,7 +1622,7 @@ class Pool:
         for connection in there:
             if now >= connection.expires:
                 connection.spent = ENDED  # after its next answer
-            idle_at_most = SPARE_IDLE if self.open > 1 else UNHEARD
+            idle_at_most = SPARE_IDLE if self.open > 1 or self.checker.full else UNHEARD
             if connection not in self.busy and (connection.spent or now - connection.idle_since >= idle_at_most):
                 self._close(connection)
 

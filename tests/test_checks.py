@@ -115,6 +115,14 @@ def test_a_prefork_server_that_postfix_asks_directly_too_answers_both() -> None:
         assert min(visits) > 0, visits
 
 
+def test_the_last_idle_connection_to_a_full_server_is_not_kept_from_others() -> None:
+    with Prefork(1, slow(0.05)) as a, ProxyProcess('-s', a.service) as proxy:
+        assert set(ask_all(proxy, 3, 20)) == {'A'}
+        proxy.logged('is full')
+        with PostfixClient(a.port) as client:
+            assert timed(client.ask_own) < 15
+
+
 @pytest.mark.parametrize('end', [socket.socket.close, reset])
 def test_a_server_that_ends_connections_beyond_its_limit_is_used_up_to_it(end: object) -> None:
     with FewAtATime(5, slow(0.02), end) as a, ProxyProcess('-s', a.service) as proxy:  # type: ignore[arg-type]
@@ -293,7 +301,7 @@ def test_few_requests_are_held_by_a_server_that_hangs_under_load() -> None:
             stopper.start()
             in_threads(120, work)
             stopper.join()
-            assert held[0] < 80, f'{held[0]} of 120'
+            assert held[0] < 60, f'{held[0]} of 120'
 
 
 def test_a_paused_proxy_passes_on_the_answers_that_came_meanwhile() -> None:
