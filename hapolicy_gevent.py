@@ -759,12 +759,6 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
     return f'{head}, delay: {delay:.3f}s, {tail}, tries: {tries}, why: {why}'
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write to stdout or stderr in a thread: whatever reads the other end may stop reading. Raises OSError."""
-    while data:
-        data = data[gevent.get_hub().threadpool.apply(os.write, (fd, data)) :]
-
-
 def level_mark(level: int) -> str:
     """Return how a line on stderr tells systemd its level (sd-daemon(3))."""
     return f'<{level}>' if 'JOURNAL_STREAM' in os.environ else ''
@@ -776,14 +770,15 @@ class StreamSink:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def write(self, lines: Sequence[Line]) -> int:
-        """Write lines; return how many are lost."""
+    def write(self, lines: list[Line]) -> list[Line]:
+        """Write lines; return those that are lost."""
         text = ''.join([f'{level_mark(level)}[LOG {LEVELS[level]}]: {text}\n' for level, text in lines])
-        try:
-            write_all(self._fd, text.encode('utf-8', 'backslashreplace'))
-        except OSError:
-            return len(lines)
-        return 0
+        data = text.encode('utf-8', 'backslashreplace')
+        with contextlib.suppress(OSError):
+            while data:  # in a thread: whatever reads the other end may stop reading
+                data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
+            return []
+        return lines
 
 
 class SyslogSink:
@@ -791,8 +786,7 @@ class SyslogSink:
 
     PATH = '/dev/log'
 
-    def __init__(self, fallback: StreamSink | None) -> None:
-        self._fallback = fallback
+    def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.settimeout(1)  # a daemon that hangs: one line a second is given up
 
@@ -807,20 +801,19 @@ class SyslogSink:
                     self._socket.connect(self.PATH)
         return False
 
-    def write(self, lines: Sequence[Line]) -> int:
-        """Send lines; return how many are lost."""
+    def write(self, lines: list[Line]) -> list[Line]:
+        """Send lines; return those that are lost."""
         head = f'>{time.strftime("%b %e %H:%M:%S")} hapolicy[{os.getpid()}]: '
-        lost = [(level, text) for level, text in lines if not self._send(f'<{2 << 3 | level}{head}{text}')]
-        return self._fallback.write(lost) if lost and self._fallback is not None else len(lost)
+        return [(level, text) for level, text in lines if not self._send(f'<{2 << 3 | level}{head}{text}')]
 
 
 class Log:
     """A bounded queue of lines and the greenlet that writes them: logging never delays an answer."""
 
-    def __init__(self, sink: StreamSink | SyslogSink, requests: bool = False, verbose: bool = False) -> None:
+    def __init__(self, *sinks: StreamSink | SyslogSink, requests: bool = False, verbose: bool = False) -> None:
         self.requests, self.verbose = requests or verbose, verbose
         self.lost = 0
-        self._sink = sink
+        self._sinks = sinks  # each gets what the one before it could not write
         self._lines: list[Line] = []
         self._more = gevent.event.Event()
         gevent.spawn(self._write)
@@ -839,18 +832,18 @@ class Log:
         while self._more.wait():
             while self._lines:
                 lines, self._lines = self._lines, []
-                lost = len(lines)
                 with contextlib.suppress(Exception):  # of a thread that cannot be had, say: the log goes on
-                    lost = self._sink.write(lines)
-                self.lost += lost
-                if not lost and self.lost > reported:
+                    for sink in self._sinks:
+                        lines = sink.write(lines)
+                self.lost += len(lines)
+                if not lines and self.lost > reported:
                     self._lines.append((WARNING, f'{self.lost - reported} log lines were lost'))
                     reported = self.lost
             self._more.clear()
 
-    def close(self, seconds: float = 1.0) -> None:
-        """Write what is queued, for so many seconds at most."""
-        give_up = time.monotonic() + seconds
+    def close(self) -> None:
+        """Write what is queued, for a second at most."""
+        give_up = time.monotonic() + 1
         while self._more.is_set() and time.monotonic() < give_up:
             gevent.sleep(0.005)
 
@@ -2322,13 +2315,12 @@ def buckets(tally: Tally) -> list[tuple[str, int]]:
 def parse_action(text: str, option: str) -> bytes:
     """Return the action that an option gives, as bytes. Raises UsageError for one that Postfix would misread."""
     action = os.fsencode(text.strip(' '))
-    try:
-        if action.lower().startswith(b'action=') or clean_action(action) != action:
-            raise InvalidAnswer("'action=', a line break, a control character, or bytes that are not UTF-8")
-        return action
-    except InvalidAnswer as error:
-        raise UsageError(f"{option} '{text}': Postfix would misread {error}; allowed is one line of UTF-8 with an"
-                         " action of access(5), as 'dunno' or '451 4.3.5 try again later'") from None  # fmt: skip
+    with contextlib.suppress(InvalidAnswer):
+        if clean_action(action) == action and not action.lower().startswith(b'action='):
+            return action
+    raise UsageError(f"{option} '{text}': Postfix would misread it (a bare number, 'action=', a line break or control"
+                     ' character, no UTF-8); allowed is one line of UTF-8 with an action of access(5), as'
+                     " 'dunno' or '451 4.3.5 try again later'")  # fmt: skip
 
 
 def parse_listen(text: str, option: str) -> Address:
@@ -2339,8 +2331,8 @@ def parse_listen(text: str, option: str) -> Address:
             raise UsageError('a name, or more than an address')
         return address
     except UsageError as error:
-        allowed = '<IPv4>:<port>, [<IPv6>]:<port> or unix:/path'
-        raise UsageError(f"{option} '{text}': {error}; allowed is {allowed}") from None
+        raise UsageError(f"{option} '{text}': {error}; allowed is <IPv4>:<port>, [<IPv6>]:<port>"
+                         ' or unix:/path') from None  # fmt: skip
 
 
 def parse_mode(text: str, option: str) -> int:
@@ -2393,11 +2385,10 @@ def parse_command_line(argv: Sequence[str]) -> SimpleNamespace:
 
 def misused(argv: Sequence[str]) -> str:
     """Return which word of a command line docopt could not place."""
-    for word in argv:
-        name = word.partition('=')[0] if word.startswith('--') else word[:2]
-        if name.startswith('-') and f' {name}' not in __doc__:
-            return f"unknown option '{word}'"
-    return f"cannot use '{' '.join(argv)}': a word is no option (quote values with blanks)"
+    names = {word: word.partition('=')[0] if word.startswith('--') else word[:2] for word in argv if word[:1] == '-'}
+    unknown = next((word for word, name in names.items() if f' {name}' not in __doc__), None)
+    return (f"unknown option '{unknown}'" if unknown else
+            f"cannot use '{' '.join(argv)}': a word is no option (quote values with blanks)")  # fmt: skip
 
 
 def is_client(fd: int) -> bool:
@@ -2409,16 +2400,17 @@ def complain(text: str) -> None:
     """Report what ends the start: one line on stderr, or in syslog where stderr is the client."""
     text = printable(os.fsencode(text))
     if is_client(2):
-        SyslogSink(None).write([(WARNING, text)])
+        SyslogSink().write([(WARNING, text)])
     else:
         os.write(2, f'{level_mark(ERROR)}hapolicy: {text}\n'.encode('utf-8', 'backslashreplace'))
 
 
 def make_log(options: SimpleNamespace, server: bool) -> Log:
     """Return the log as asked for, with our errors; stdout and stderr are not used where they are the client."""
-    sink = SyslogSink(StreamSink(2) if server or os.isatty(2) else None)
-    stdout = StreamSink(1) if options.stdout and (server or not is_client(1)) else None
-    log = Log(stdout or sink, options.logging > 0, options.verbose > 0)
+    sinks: list[StreamSink | SyslogSink] = [SyslogSink(), *([StreamSink(2)] if server or os.isatty(2) else [])]
+    if options.stdout and (server or not is_client(1)):
+        sinks = [StreamSink(1)]
+    log = Log(*sinks, requests=options.logging > 0, verbose=options.verbose > 0)
     report_errors(log)
     return log
 
@@ -2448,10 +2440,9 @@ def blaming(what: str) -> Iterator[None]:
         raise ListenError(f'{what}: {error.strerror or error}') from None
 
 
-def check_service(service: Service) -> list[str]:
-    """Ask a service our own question; return a row for the user."""
-    pool = Queue([service], Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))).pools[service]
-    connection, began = Connection(pool, time.monotonic()), time.monotonic()
+def check_service(service: Service) -> tuple[Service, str, str]:
+    """Ask a service our own question; return 'answered' or 'FAILED', and in words what came."""
+    connection = Connection(Queue([service], Log()).pools[service], began := time.monotonic())
     try:
         with gevent.Timeout(service.timeout, ServiceFailure(LATE, f'no answer within {service.timeout:g}s')):
             connection.open()
@@ -2460,22 +2451,22 @@ def check_service(service: Service) -> list[str]:
         if said is SURPLUS:
             raise ServiceFailure(INVALID, 'bytes after the answer: requests could get those of others')
     except ServiceFailure as failure:
-        return [service.name, service.where, 'FAILED', f'{failure.reason}: {failure}']
+        return service, 'FAILED', f'{failure.reason}: {failure}'
     times = f'connect {(connected - began) * 1000:6.1f} ms, answer {(service.heard_at - connected) * 1000:7.1f} ms'
     once = ', then it hangs up' if said is ENDED else ''
-    return [service.name, service.where, 'answered', times, f"{verdict(action)}: '{printable(action)}'{once}"]
+    return service, 'answered', f"{times}  {verdict(action)}: '{printable(action)}'{once}"
 
 
 def check_services(services: Sequence[Service]) -> int:
     """Ask all services at once; print a line for each as it comes; return the exit status. Raises ListenError."""
-    widths = [max(len(service.name) for service in services), max(len(service.where) for service in services), 8, 0, 0]
+    names, addresses = max(len(each.name) for each in services), max(len(each.where) for each in services)
     status = 0
     for check in gevent.iwait([gevent.spawn(check_service, service) for service in services]):
-        row = check.get()
-        status |= row[2] == 'FAILED'
+        service, result, text = check.get()
+        line = f'{service.name:{names}}  {service.where:{addresses}}  {result:8}  {text}\n'
         with blaming('stdout'):
-            line = '  '.join(map(str.ljust, row, widths)).rstrip()
-            os.write(1, f'{line}\n'.encode('utf-8', 'backslashreplace'))
+            os.write(1, line.encode('utf-8', 'backslashreplace'))
+        status |= result == 'FAILED'
     return status
 
 
@@ -2493,49 +2484,38 @@ def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
             with blaming(f"{wanted[address]} '{address}'"):
                 opened[address] = sock = open_listener(address, options.socket_mode, options.reuse_port > 0)
             if address.family == socket.AF_UNIX:
-                undo.callback(remove, sock.getsockname())
-        for address in wanted:
-            if address.family == socket.AF_UNIX:
-                with blaming(f"{wanted[address]} '{address}'"):
-                    os.rename(opened[address].getsockname(), address.host)
+                undo.callback(os.unlink, sock.getsockname())
         undo.pop_all()
+    for address, sock in opened.items():
+        if address.family == socket.AF_UNIX:
+            with blaming(f"{wanted[address]} '{address}'"):
+                os.rename(sock.getsockname(), address.host)
     return opened
 
 
 def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
-    """Return a socket that listens at a port, or beside a path. Raises OSError."""
+    """Return a socket that listens at a port, or beside a path. Raises OSError.
+
+    Beside a path at which nothing is, or a socket that nobody serves any more; with `reuse` any. It is moved there
+    later: nobody meets it missing, with the wrong mode, or not served.
+    """
     backlog = 1024  # a `postfix reload` brings all clients at once
     if address.family != socket.AF_UNIX:
         where = (address.host, address.port)
         return socket.create_server(where, family=address.family, backlog=backlog, reuse_port=reuse)
-    sock = socket.socket(socket.AF_UNIX)
-    bind_beside(sock, address.host, mode, reuse)
-    sock.listen(backlog)
-    return sock
-
-
-def remove(path: str) -> None:
-    """Remove a file, if it is there. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def bind_beside(sock: socket.socket, path: str, mode: int, reuse: bool) -> None:
-    """Bind beside a path at which nothing is, or a socket that nobody serves any more; with `reuse` any.
-
-    Moved there when it listens: nobody meets it missing, with the wrong mode, or not served. Raises OSError.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
+        if not stat.S_ISSOCK(os.stat(address.host).st_mode):
             raise FileExistsError('a file that is no socket is there')
-    if not reuse:
-        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-            connect(socket.AF_UNIX, path).close()
+    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+        if not reuse:
+            connect(socket.AF_UNIX, address.host).close()
             raise OSError('Address already in use')
-    beside = os.path.join(os.path.dirname(path), f'.{os.getpid()}.{sock.fileno()}')
-    remove(beside)  # of a process that ended in this moment, and had our pid
+    sock = socket.socket(socket.AF_UNIX)
+    beside = os.path.join(os.path.dirname(address.host), f'.{os.urandom(4).hex()}')
     sock.bind(beside)
     os.chmod(beside, mode)
+    sock.listen(backlog)
+    return sock
 
 
 def inherited_listeners() -> dict[Address, socket.socket]:
@@ -2614,34 +2594,33 @@ def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) 
     """Serve the one client on stdin and stdout; return False if its answers could not all be given."""
     if stat.S_ISCHR(os.fstat(0).st_mode):  # a terminal, or the /dev/null of a unit without its --listen
         log(NOTICE, 'Without --listen and sockets of systemd one client is served, on stdin')
-    served: gevent.Greenlet[..., bool | None]
+    served: Any  # handle() returns nothing
     if is_client(1):
         served = gevent.spawn(proxy.handle, socket.socket(fileno=os.dup(0)))
-    else:  # files, pipes or terminals: what cannot be waited for in the loop is read and written in threads
+    else:  # files, pipes or terminals cannot be waited for in the loop: threads copy from and to them
         sock, far = socket.socketpair()
-        os.set_blocking(0, True)
-        os.set_blocking(1, True)
-        read = functools.partial(gevent.get_hub().threadpool.apply, os.read, (0, RECEIVE))
-        gevent.spawn(pump, read, far.sendall, functools.partial(far.shutdown, socket.SHUT_WR))
+        for fd in (0, 1, far.fileno()):
+            os.set_blocking(fd, True)
+        spawn: Any = gevent.get_hub().threadpool.spawn
+        spawn(copy, 0, far.fileno()).rawlink(lambda _: far.shutdown(socket.SHUT_WR))
         gevent.spawn(proxy.handle, sock)
-        served = gevent.spawn(pump, functools.partial(far.recv, RECEIVE), functools.partial(write_all, 1), far.close)
-    gevent.wait([served, stop], count=1)  # type: ignore[type-var]
+        served = spawn(copy, far.fileno(), 1)
+        served.rawlink(lambda _: far.shutdown(socket.SHUT_RDWR))
+    gevent.wait([served, stop], count=1)
     give_up = time.monotonic() + grace
     drained = proxy.drain(grace)
-    served.join(max(0.0, give_up - time.monotonic()))
-    return drained and served.successful() and served.value is not False  # handle() returns nothing
+    gevent.wait([served], max(0.0, give_up - time.monotonic()))
+    return drained and served.successful() and served.value is not False
 
 
-def pump(read: Callable[[], bytes], write: Callable[[bytes], object], end: Callable[[], None]) -> bool:
-    """Pass on what is read until its end; return False if it could not be written."""
-    written = False
+def copy(source: int, target: int) -> bool:
+    """Write what is read until its end, in a thread; return False if it could not be written."""
     with contextlib.suppress(OSError):
-        while data := read():
-            write(data)
-        written = True
-    with contextlib.suppress(OSError):
-        end()
-    return written
+        while data := os.read(source, RECEIVE):
+            while data:
+                data = data[os.write(target, data) :]
+        return True
+    return False
 
 
 def start_server(listener: socket.socket, handle: Callable[..., None], greenlets: Any) -> Any:

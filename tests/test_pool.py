@@ -23,7 +23,6 @@ from hapolicy_gevent import (
     Proxy,
     Queue,
     StreamSink,
-    bind_beside,
     parse_service,
 )
 from tests.servers import FewAtATime
@@ -208,13 +207,6 @@ def test_i7_instances_of_any_length_are_not_kept() -> None:
             for i in range(300):
                 client.ask(request(instance=f'{i}' + 'x' * 60000))
             assert proxy.memory - before < 8e6
-
-
-def test_a_socket_left_by_a_dead_process_with_our_pid_is_no_obstacle(tmp_path: object) -> None:
-    with socket.socket(socket.AF_UNIX) as left_over, socket.socket(socket.AF_UNIX) as sock:
-        left_over.bind(f'{tmp_path}/.{os.getpid()}.{sock.fileno()}')
-        bind_beside(sock, f'{tmp_path}/t', 0o600, False)
-        assert os.stat(sock.getsockname()).st_mode & 0o777 == 0o600
 
 
 def test_a_fault_of_ours_in_what_is_done_each_second_costs_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
