@@ -69,7 +69,6 @@ import functools
 import heapq
 import itertools
 import math
-import operator
 import os
 import re
 import resource
@@ -80,7 +79,7 @@ import stat
 import sys
 import time
 import warnings
-from bisect import bisect_right
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
@@ -253,14 +252,12 @@ class RequestBuffer:
             self.data = self.data.lstrip(LINE_ENDS)
         data = self.data
         end = end_of_message(data, self._scanned)
-        if not end or end > MAX_MESSAGE:
-            if len(data) > MAX_MESSAGE:
-                raise ClientFault(TOO_LONG, f'no end of a request within {MAX_MESSAGE} bytes')
-            # an empty line may be cut in two: look at its first bytes again
-            self._scanned = max(0, len(data) - 2)
-            return None
-        self.data, self._scanned = data[end:], 0
-        return data[:end]
+        if end > MAX_MESSAGE or (not end and len(data) > MAX_MESSAGE):
+            raise ClientFault(TOO_LONG, f'no end of a request within {MAX_MESSAGE} bytes')
+        # an empty line may be cut in two: its first bytes are looked at again
+        self._scanned = 0 if end else max(0, len(data) - 2)
+        self.data = data[end:]
+        return data[:end] or None
 
 
 def attribute(request: bytes, name: bytes) -> bytes:
@@ -362,18 +359,11 @@ class Tally:
 
     def read(self) -> tuple[list[int], dict[str, int], float]:
         """Return answers by bound, answers by verdict, and the seconds of all."""
-        if not self._added:
-            return self._counts, self._verdicts, self._sum
-        seconds, actions = zip(*self._added, strict=True)
-        times, below = sorted(seconds), 0
-        for place, bound in enumerate((*self.BOUNDS, math.inf)):
-            end = bisect_right(times, bound)
-            self._counts[place] += end - below
-            below = end
-        words = map(operator.itemgetter(0), map(operator.methodcaller('partition', b' '), actions))
-        for word, number in Counter(words).items():
+        for seconds, _ in self._added:
+            self._counts[bisect_left(self.BOUNDS, seconds)] += 1
+            self._sum += seconds
+        for word, number in Counter([action.partition(b' ')[0] for _, action in self._added]).items():
             self._verdicts[verdict(word)] += number
-        self._sum += sum(times)
         self._added.clear()
         return self._counts, self._verdicts, self._sum
 
