@@ -2053,8 +2053,8 @@ class Proxy:
 
 #: HTTP connections served at once, the seconds each may last, and bytes of a request's head.
 STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
-#: Seconds between two samples of the counters, and how many are kept: ten minutes.
-SAMPLE_SECONDS, SAMPLES = 5.0, 121
+#: Seconds between two samples of the counters, and how many are kept: ten minutes. One minute of them.
+SAMPLE_SECONDS, SAMPLES, MINUTE = 5.0, 121, 13
 
 #: Method and path; also of a proxy, which sends the whole address.
 HTTP_REQUEST = rb'([!-~]+) (?:http://[^/ ]*)?(/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n'
@@ -2097,13 +2097,16 @@ class Status:
     def __init__(self, proxy: Proxy, default: bytes, log: Log) -> None:
         import base64
         import hashlib
+        import json
 
         self._proxy, self._default, self._log = proxy, printable(default), log
         self._started = time.monotonic()
         self._services = sorted(proxy.pools, key=lambda service: service.prio)
         self._samples = deque([self._sample()], maxlen=SAMPLES)  # requests pay nothing for it
         self._pages: dict[bytes, tuple[str, Callable[[], bytes]]] = {
-            b'/': ('text/html', STATUS_PAGE.encode), b'/status.json': ('application/json', self._json)}  # fmt: skip
+            b'/': ('text/html', STATUS_PAGE.encode),
+            b'/status.json': ('application/json', lambda: json.dumps(self.data(), allow_nan=False).encode()),
+        }
         with contextlib.suppress(ImportError):  # here: in the first scrape it would hold up mail for 0.1 s
             from prometheus_client import CollectorRegistry, generate_latest
 
@@ -2126,12 +2129,21 @@ class Status:
             gevent.sleep(SAMPLE_SECONDS)
             self._samples.append(self._sample())
 
-    def _lately(self, seconds: float) -> Counts:
-        """Return what was counted in the last so many seconds, up to one sample more; all, while there is less."""
-        now = self._sample()
-        old = (before for before in reversed(self._samples) if now[None][0] - before[None][0] >= seconds)
-        before = next(old, self._samples[0])
-        return {key: difference(counted, before[key]) for key, counted in now.items()}
+    def _lately(self, samples: int) -> Counts:
+        """Return what was counted since so many samples ago, or all that is known."""
+        before = self._samples[-min(samples, len(self._samples))]
+        return {key: difference(counted, before[key]) for key, counted in self._sample().items()}
+
+    def unhealthy(self) -> str:
+        """Return why no new client should be sent here, '' if there is no reason."""
+        if self._proxy.draining:
+            return 'draining'
+        able = any(map(self.able, self._services))
+        return '' if able else f"no service is up: '{self._default}' is given to every request"
+
+    def able(self, service: Service) -> bool:
+        """Tell whether a service may get the next mail: it is up, or a trial is free."""
+        return service.state is not DOWN and self._proxy.pools[service].admits(0, time.monotonic())
 
     # -- HTTP
 
@@ -2152,49 +2164,30 @@ class Status:
         """Return the answer to the head of a request (RFC 9112)."""
         asked = re.match(HTTP_REQUEST, request)
         method, path = asked.groups() if asked else (b'', b'')
-        code, kind, body = self._answer(method, path)
+        code, kind, body = '200 OK', 'text/plain', b'ok\n'
+        if not method:
+            code, body = '400 Bad Request', b'not understood\n'
+        elif method not in (b'GET', b'HEAD'):
+            code, body = '405 Method Not Allowed', b'only GET and HEAD are answered\n'
+        elif path in self._pages:
+            kind, build = self._pages[path]
+            body = self._built(build, int(time.monotonic() * 4))
+        elif path == b'/metrics':
+            install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
+            code, body = '501 Not Implemented', f'{install}, then restart hapolicy\n'.encode()
+        elif path != b'/health':
+            code, body = '404 Not Found', b'there are /, /status.json, /metrics and /health\n'
+        elif why := self.unhealthy():
+            code, body = '503 Service Unavailable', f'{why}\n'.encode()
         head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
         return f'{head}{self._headers}\r\n'.encode() + (b'' if method == b'HEAD' else body)
 
-    def _answer(self, method: bytes, path: bytes) -> tuple[str, str, bytes]:
-        """Return status, type and body."""
-        if not method:
-            return '400 Bad Request', 'text/plain', b'not understood\n'
-        if method not in (b'GET', b'HEAD'):
-            return '405 Method Not Allowed', 'text/plain', b'only GET and HEAD are answered\n'
-        if path in self._pages:
-            kind, build = self._pages[path]
-            return '200 OK', kind, self._built(build, int(time.monotonic() * 4))
-        if path == b'/metrics':
-            install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
-            return '501 Not Implemented', 'text/plain', f'{install}, then restart hapolicy\n'.encode()
-        if path == b'/health':
-            why = self.unhealthy()
-            return '503 Service Unavailable' if why else '200 OK', 'text/plain', f'{why or "ok"}\n'.encode()
-        return '404 Not Found', 'text/plain', b'there are /, /status.json, /metrics and /health\n'
-
-    def unhealthy(self) -> str:
-        """Return why no new client should be sent here, '' if there is no reason."""
-        if self._proxy.draining:
-            return 'draining'
-        able = any(map(self.able, self._services))
-        return '' if able else f"no service is up: '{self._default}' is given to every request"
-
-    def able(self, service: Service) -> bool:
-        """Tell whether a service may get the next mail: it is up, or a trial is free."""
-        return service.state is not DOWN and self._proxy.pools[service].admits(0, time.monotonic())
-
     # -- status.json
-
-    def _json(self) -> bytes:
-        import json
-
-        return json.dumps(self.data(), allow_nan=False).encode()
 
     def data(self) -> dict[str, Any]:
         """Return the content of /status.json; docs/operations.md has its fields."""
         now, wall, proxy = time.monotonic(), time.time(), self._proxy
-        minute = self._lately(60)
+        minute = self._lately(MINUTE)
         services = [self._service(service, minute, now, wall) for service in self._services]
         return {
             'version': 1, 'program': __version__, 'pid': os.getpid(), 'headline': self._headline(services, minute),
@@ -2231,12 +2224,9 @@ class Status:
         words = {UP: 'stalled', TRIAL: 'on trial', DOWN: 'down'}
         trouble = [f'{row["name"]} is {words[row["state"]]} {row["text"]}.'
                    for row in services if row['state'] is not UP or row['stalled']]  # fmt: skip
-        failing = []
-        for service in self._services:
-            _, answers, failed, *_ = lately[service]
-            if failed:
-                failing.append(f'{service.name} failed {failed} of {answers + failed} queries in the last minute.')
-        seconds, given = self._lately(SAMPLE_SECONDS * SAMPLES)[None]
+        failing = [f'{each.name} failed {lately[each][2]} of {sum(lately[each][1:3])} queries in the last minute.'
+                   for each in self._services if lately[each][2]]  # fmt: skip
+        seconds, given = self._lately(SAMPLES)[None]
         said = [f'{len(services) - len(trouble)} of {len(services)} services are up.', *trouble[:3], *failing[:3]]
         if self._proxy.draining:
             said.insert(0, f'Draining: no new client is accepted, {len(self._proxy.clients)} are connected.')
