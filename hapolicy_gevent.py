@@ -101,8 +101,7 @@ __version__ = '2.1.0'
 # Constants
 # ---------------------------------------------------------------------------
 
-#: Bytes of one request or answer, at most. Postfix sends under 20 kB; it would take 200 kB
-#: answers, and hand them to the SMTP client as one line.
+#: Bytes of one request or answer, at most. Postfix sends under 20 kB.
 MAX_MESSAGE = 65536
 #: Bytes asked from one recv(); a usual request has 600. 64 kB would be allocated and given back each time.
 RECEIVE = 8192
@@ -164,7 +163,7 @@ PATIENCE, STALLED_AFTER = 0.1, 1.0
 #: Log lines that wait for the log daemon, and characters of one: rsyslog cuts at 8 kB, too.
 MAX_LOG_LINES, MAX_LOG_LINE = 10000, 8000
 
-NUL, LF, CR, SPACE = b'\0\n\r '  # numbers: `CR in data` takes a fourth of `b'\r' in data`, which tries a number first
+LF, CR, SPACE = b'\n\r '  # numbers: `CR in data` takes a fourth of `b'\r' in data`, which tries a number first
 SWITCH_TO = greenlet.switch
 READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
 
@@ -227,7 +226,7 @@ VISIBLE = bytes(code if code in b'\t' or (code >= SPACE and code != 127) else or
 
 
 def end_of_message(data: bytes, start: int = 0) -> int:
-    """Return the offset behind the first empty line, 0 while there is none; `start` skips lines seen before."""
+    """Return the offset behind the first empty line, 0 while there is none; `start` skips what was seen before."""
     if not start and data.startswith((b'\n', b'\r\n')):
         return data.index(b'\n') + 1
     found = EMPTY_LINE(data, start)
@@ -261,10 +260,7 @@ class RequestBuffer:
 
 
 def attribute(request: bytes, name: bytes) -> bytes:
-    """Return the first value of attribute `name`, b'' if it is absent; for looking, never for rebuilding.
-
-    0.5 us against 7 us for a dict of all.
-    """
+    """Return the first value of an attribute, b'' if it is absent: 0.5 us against 7 us for a dict of all."""
     value = (b'\n' + request).partition(b'\n' + name + b'=')[2].partition(b'\n')[0]
     return value.removesuffix(b'\r')
 
@@ -2063,7 +2059,6 @@ HTTP_HEADERS = """\
 Content-Security-Policy: default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; \
 connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'
 X-Content-Type-Options: nosniff
-Referrer-Policy: no-referrer
 Cross-Origin-Resource-Policy: same-origin
 Cache-Control: no-store
 Allow: GET, HEAD
@@ -2085,13 +2080,8 @@ def duration(seconds: float) -> str:
 class Status:
     """What the proxy reports of itself by HTTP: it only reads counters.
 
-    /             the page for people: a constant, filled every 2 s from status.json
-    /status.json  all of it for programs; docs/operations.md has the fields
-    /metrics      for Prometheus, if its client library is installed; 501 if not
-    /health       200 'ok' while a service is able to answer and no drain has begun; else 503 and why, in one line
-
-    The Host header is not looked at: there is nothing here to change and no secret to read, and a
-    reverse proxy may give it any name. Who may read it is who can reach the address.
+    The Host header is not looked at: there is nothing here to change and no secret to read, and a reverse proxy may
+    give it any name. Who may read it is who can reach the address.
     """
 
     def __init__(self, proxy: Proxy, default: bytes, log: Log) -> None:
@@ -2242,9 +2232,9 @@ class Status:
         from prometheus_client import core
 
         data = self.data()
-        data['build_info'] = {__version__: 1}
-        for kind, name, field, labels, text in METRICS:
-            family = getattr(core, kind)(f'hapolicy_{name}', text, labels=labels)
+        data['build_info'] = {data['program']: 1}
+        for kind, name, field, labels in METRICS:
+            family = getattr(core, f'{kind}MetricFamily')(f'hapolicy_{name}', f'{field} in /status.json', labels=labels)
             for row in data['services'] if 'service' in labels else [data]:
                 values = row[field] if isinstance(row[field], dict) else {None: row[field]}
                 for label, value in values.items():
@@ -2256,27 +2246,18 @@ class Status:
         yield seconds
 
 
-#: Kind, name, field of status.json, labels and help of each metric but the histogram.
-METRICS: Sequence[tuple[str, str, str, list[str], str]] = (
-    ('CounterMetricFamily', 'requests', 'requests', [], 'complete requests read from clients'),
-    ('CounterMetricFamily', 'redispatches', 'redispatches', [], 'requests handed to the next service'),
-    ('CounterMetricFamily', 'retries', 'retries', [], 'requests sent again to the same service'),
-    ('CounterMetricFamily', 'clients', 'clients', [], 'client connections accepted'),
-    ('GaugeMetricFamily', 'clients', 'clients_connected', [], 'clients connected'),
-    ('CounterMetricFamily', 'log_lines_lost', 'log_lines_lost', [], 'log lines that could not be written'),
-    ('CounterMetricFamily', 'defaults', 'defaults', ['reason'], 'default actions returned'),
-    ('CounterMetricFamily', 'refused', 'refused', ['reason'], 'client connections closed for what the client did'),
-    ('CounterMetricFamily', 'answers', 'verdicts', ['service', 'verdict'], 'answers by what they do to the mail'),
-    ('CounterMetricFamily', 'failures', 'failures', ['service', 'reason'], 'queries without a usable answer'),
-    ('GaugeMetricFamily', 'service_up', 'up', ['service'], '1 if it is up, or on trial and waiting for a request'),
-    ('GaugeMetricFamily', 'service_stalled', 'stalled', ['service'], '1 if it answers none of the mail in flight'),
-    ('GaugeMetricFamily', 'service_full', 'full', ['service'], 'connections that it serves while it is full, else 0'),
-    ('GaugeMetricFamily', 'service_max', 'max', ['service'], 'connections at most'),
-    ('GaugeMetricFamily', 'service_in_flight', 'in_flight', ['service'], 'requests in flight'),
-    ('GaugeMetricFamily', 'service_idle_connections', 'idle_connections', ['service'], 'idle connections'),
-    ('GaugeMetricFamily', 'start_time_seconds', 'started', [], 'unix time of the start'),
-    ('GaugeMetricFamily', 'build_info', 'build_info', ['version'], 'always 1; the version is its label'),
-)
+#: Kind, name, field of status.json and labels of each metric but the histogram; docs/operations.md says what it counts.
+METRICS: Sequence[tuple[str, str, str, list[str]]] = (
+    *(('Counter', name, name, []) for name in ('requests', 'redispatches', 'retries', 'clients', 'log_lines_lost')),
+    *(('Counter', name, name, ['reason']) for name in ('defaults', 'refused')),
+    ('Counter', 'answers', 'verdicts', ['service', 'verdict']),
+    ('Counter', 'failures', 'failures', ['service', 'reason']),
+    *(('Gauge', f'service_{name}', name, ['service'])
+      for name in ('up', 'stalled', 'full', 'max', 'in_flight', 'idle_connections')),
+    ('Gauge', 'clients', 'clients_connected', []),
+    ('Gauge', 'start_time_seconds', 'started', []),
+    ('Gauge', 'build_info', 'build_info', ['version']),
+)  # fmt: skip
 
 
 def buckets(tally: Tally) -> list[tuple[str, int]]:
@@ -2391,24 +2372,20 @@ def make_log(options: SimpleNamespace, server: bool) -> Log:
     if options.stdout and (server or not is_client(1)):
         sinks = [StreamSink(1)]
     log = Log(*sinks, requests=options.logging > 0, verbose=options.verbose > 0)
-    report_errors(log)
+    hub: Any = gevent.get_hub()
+    hub.print_exception = functools.partial(report_error, log)
     return log
 
 
-def report_errors(log: Log) -> None:
-    """Send to the log what gevent would print on stderr: an accept() that failed, or an error of ours."""
-
-    def report(context: object, kind: Any, value: Any, trace: Any) -> None:
-        if hasattr(context, 'do_read') and isinstance(value, OSError):  # a StreamServer
-            log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
-            return
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        where = f'{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}' if trace is not None else '-'
-        log(WARNING, f'Internal error at {where}: {kind.__name__}: {value}')
-
-    hub: Any = gevent.get_hub()
-    hub.print_exception = report
+def report_error(log: Log, context: object, kind: Any, value: Any, trace: Any) -> None:
+    """Log what gevent would print on stderr: an accept() that failed, or an error of ours."""
+    if hasattr(context, 'do_read') and isinstance(value, OSError):  # a StreamServer
+        log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
+        return
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f'{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}' if trace is not None else '-'
+    log(WARNING, f'Internal error at {where}: {kind.__name__}: {value}')
 
 
 @contextlib.contextmanager
@@ -2456,8 +2433,7 @@ def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
     With --reuse-port another process serves there, and goes on if anything fails: paths are moved there at the end,
     and a port is opened last.
     """
-    wanted = {options.status: '--status'} if options.status else {}
-    wanted.update(dict.fromkeys(options.listen, '--listen'))
+    wanted = dict.fromkeys(options.listen, '--listen') | ({options.status: '--status'} if options.status else {})
     opened: dict[Address, socket.socket] = {}
     with contextlib.ExitStack() as undo:
         for address in sorted(wanted, key=lambda address: address.family != socket.AF_UNIX):
@@ -2474,10 +2450,9 @@ def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
 
 
 def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
-    """Return a socket that listens at a port, or beside a path. Raises OSError.
+    """Return a socket that listens at a port, or beside a path where no socket is served, or with `reuse` any.
 
-    Beside a path at which nothing is, or a socket that nobody serves any more; with `reuse` any. It is moved there
-    later: nobody meets it missing, with the wrong mode, or not served.
+    It is moved there later: nobody meets it missing, with the wrong mode, or not served. Raises OSError.
     """
     backlog = 1024  # a `postfix reload` brings all clients at once
     if address.family != socket.AF_UNIX:
@@ -2506,23 +2481,12 @@ def inherited_listeners() -> dict[Address, socket.socket]:
     for fd in range(3, 3 + parse_number(os.environ.get('LISTEN_FDS', '0'), 'LISTEN_FDS', 0, 1000)):
         with blaming(f'descriptor {fd}, from systemd: allowed is ListenStream= with Accept=no'):
             sock = socket.socket(fileno=fd)
+            if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise OSError('it is not listening')
             name: Any = sock.getsockname()
             host, port = (name, 0) if sock.family == socket.AF_UNIX else name[:2]
-            address = Address(sock.family, os.fsdecode(host), port)
-            if address in listeners or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                raise OSError('it is not listening, or another one does there')
-            listeners[address] = sock
+            listeners[Address(sock.family, os.fsdecode(host), port)] = sock
     return listeners
-
-
-def check_loops(services: Sequence[Service], where: Iterable[Address]) -> None:
-    """Raises UsageError for a service that is where we listen: it would ask itself, until all wait for all."""
-    ours = set(map(str, where))
-    for service in services:
-        _, host, port = service.address
-        local = '[::]' if host == '::1' else '0.0.0.0' if host.startswith('127.') or host == 'localhost' else '-'
-        if {service.where, f'{local}:{port}'} & ours:
-            raise UsageError(f"--service '{service.name}': {service.where} is hapolicy itself; give a policy server")
 
 
 def notify(state: str) -> None:
@@ -2536,8 +2500,8 @@ def notify(state: str) -> None:
 def client_limit(options: SimpleNamespace, log: Log) -> int:
     """Raise the soft descriptor limit to the hard one; return how many clients to serve at once.
 
-    Every service may need its max of connections: the rest is for clients, and half at least. More
-    than that is never allowed: a client that is accepted could not be answered.
+    Each service may need its max of connections; the rest is for clients, and half at least. A further one could not
+    be answered.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # the kernel's own limit (fs.nr_open) may be lower
@@ -2546,10 +2510,9 @@ def client_limit(options: SimpleNamespace, log: Log) -> int:
     # 16 for listeners, log, epoll, checks and lookups
     room = limit - 16 - (STATUS_CONNECTIONS + 1 if options.status is not None else 0)
     carried: int = max(1, room - sum(service.max for service in options.service), room // 2)
-    asked: int = options.max_clients or carried
-    if asked > carried:
+    if (asked := options.max_clients or 0) > carried:
         log(WARNING, f"--max-clients '{asked}' is more than the descriptor limit of {limit} carries: {carried} it is")
-    return min(asked, carried)
+    return min(asked or carried, carried)
 
 
 def limit_timeouts(services: Sequence[Service], deadline: float, log: Log) -> None:
@@ -2594,7 +2557,7 @@ def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) 
 
 
 def copy(source: int, target: int) -> bool:
-    """Write what is read until its end, in a thread; return False if it could not be written."""
+    """Write what is read until its end, in a thread; return whether that was all."""
     with contextlib.suppress(OSError):
         while data := os.read(source, RECEIVE):
             while data:
@@ -2641,21 +2604,8 @@ def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop:
     return clean
 
 
-def serve_status(listener: socket.socket, proxy: Proxy, stop: gevent.event.Event,
-                 options: SimpleNamespace, log: Log) -> None:  # fmt: skip
-    """Serve the status, also while we drain; with --reuse-port the process that replaces us does from then on."""
-    server = start_server(listener, Status(proxy, options.default, log).handle, STATUS_CONNECTIONS)
-    if options.reuse_port:
-        stop.rawlink(lambda _: server.close())
-    log(NOTICE, f'The status is served at {options.status}')
-
-
 def patch_sockets() -> None:
-    """Make the standard library's sockets and resolver those of gevent.
-
-    As gevent.monkey.patch_socket() does, whose look for plug-ins costs 20 to 80 ms of start-up: under
-    spawn(8) every smtpd would pay it.
-    """
+    """Do what monkey.patch_socket() does, without its look for plug-ins: 20 to 80 ms, which each smtpd would pay."""
     for name in gevent.socket.__implements__:  # type: ignore[attr-defined]
         setattr(socket, name, getattr(gevent.socket, name))
 
@@ -2679,7 +2629,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.check_services:
             return check_services(options.service)
         listeners = inherited_listeners()
-        check_loops(options.service, [*listeners, *options.listen])
+        for service in options.service:
+            if service.address in [*listeners, *options.listen]:  # it would ask itself, until all wait for all
+                raise UsageError(f"--service '{service.name}': {service.where} is where hapolicy itself listens")
         if options.status is not None and not listeners and not options.listen:
             raise UsageError(f"--status '{options.status}' needs --listen: of many processes on stdin one would get it")
         listeners.update(open_listeners(options))
@@ -2692,11 +2644,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_timeouts(options.service, options.deadline, log)
     proxy = Proxy(options.service, options.default, options.failed, options.deadline, log, checked=bool(listeners))
     if status is not None:
-        serve_status(status, proxy, stop, options, log)
-    if listeners:
-        clean = serve_listeners(listeners, proxy, stop, options, log)
-    else:
-        clean = serve_stdin(proxy, stop, options.grace, log)
+        server = start_server(status, Status(proxy, options.default, log).handle, STATUS_CONNECTIONS)
+        if options.reuse_port:  # the process that replaces us is to serve it, also while we drain
+            stop.rawlink(lambda _: server.close())
+        log(NOTICE, f'The status is served at {options.status}')
+    clean = (serve_listeners(listeners, proxy, stop, options, log) if listeners
+             else serve_stdin(proxy, stop, options.grace, log))  # fmt: skip
     log.close()
     return 0 if clean else 1
 

@@ -59,8 +59,6 @@ def run(*arguments: str, stdin: bytes = b'') -> subprocess.CompletedProcess[byte
         (['-s', 'a=127.0.0.1%lo:1'], "'127.0.0.1%lo'"),
         (['-s', 'a=127.0.0.1:1', '--listen=[::1]:1', '--listen=127.0.0.1:1'], "'a': 127.0.0.1:1"),
         (['-s', 'a=unix:/s:1', '--listen=unix:/s'], "'a': unix:/s"),
-        (['-s', 'a=127.0.0.1:1', '--listen=0.0.0.0:1'], "'a': 127.0.0.1:1"),
-        (['-s', 'a=[::1]:1', '--listen=[::]:1'], "'a': [::1]:1"),
         (['-s', 'a=h:1', '--listen=127.0.0.1:65536'], "'65536'"),
         (['-s', 'a=h:1', '--socket-mode=999'], "'999'"),
         (['-s', 'a=h:1', '--deadline=0'], "--deadline '0'"),
