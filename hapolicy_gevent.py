@@ -386,6 +386,17 @@ class Address(NamedTuple):
         return f'[{self.host}]:{self.port}' if self.family == socket.AF_INET6 else f'{self.host}:{self.port}'
 
 
+@contextlib.contextmanager
+def blaming(what: str, allowed: str = '') -> Iterator[None]:
+    """Name what is at fault. Raises UsageError for what is not allowed there, ListenError for an OSError."""
+    try:
+        yield
+    except (UsageError, InvalidAnswer) as error:
+        raise UsageError(f'{what}: {error}; allowed is {allowed}') from None
+    except OSError as error:
+        raise ListenError(f'{what}: {error.strerror or error}') from None
+
+
 def parse_number(text: str, what: str, low: int, high: int) -> int:
     """Return a whole number of ASCII digits in low..high. Raises UsageError."""
     if not re.fullmatch('[0-9]{1,10}', text) or not low <= int(text) <= high:
@@ -541,9 +552,10 @@ class Service(Settings):
 
 
 def parse_service(text: str) -> Service:
-    """Return the service of a -s option. Raises UsageError naming the value and what is allowed."""
+    """Return the service of a -s option. Raises UsageError."""
     name, _, rest = text.partition('=')
-    try:
+    allowed = '<name>=<address>:<port>[:<prio>[:<weight>[:<timeout>[:<max>]]]] or <name>=unix:/path[:<prio>...]'
+    with blaming(f"--service '{text}'", allowed):
         if not name.strip() or not name.isprintable() or len(name) > 64:
             raise UsageError(f"the name '{name}' is not 1 to 64 printable characters")
         address, fields = parse_address(rest)
@@ -555,10 +567,6 @@ def parse_service(text: str) -> Service:
                        parse_number(weight, 'weight', 1, 256) if weight else DEFAULT_WEIGHT,  # 256: HAProxy's
                        parse_seconds(timeout, 'timeout') if timeout else DEFAULT_TIMEOUT,
                        parse_number(maximum, 'max', 1, 10**6) if maximum else DEFAULT_MAX)  # fmt: skip
-    except UsageError as error:
-        raise UsageError(f"--service '{text}': {error}; allowed is"
-                         ' <name>=<address>:<port>[:<prio>[:<weight>[:<timeout>[:<max>]]]]'
-                         ' or <name>=unix:/path[:<prio>...]') from None  # fmt: skip
 
 
 def one_cycle(pools: Sequence[Pool]) -> Iterator[Pool]:
@@ -2276,24 +2284,20 @@ def buckets(tally: Tally) -> list[tuple[str, int]]:
 def parse_action(text: str, option: str) -> bytes:
     """Return the action that an option gives, as bytes. Raises UsageError for one that Postfix would misread."""
     action = os.fsencode(text.strip(' '))
-    with contextlib.suppress(InvalidAnswer):
-        if clean_action(action) == action and not action.lower().startswith(b'action='):
-            return action
-    raise UsageError(f"{option} '{text}': Postfix would misread it (a bare number, 'action=', a line break or control"
-                     ' character, no UTF-8); allowed is one line of UTF-8 with an action of access(5), as'
-                     " 'dunno' or '451 4.3.5 try again later'")  # fmt: skip
+    allowed = "one line of UTF-8 with an action of access(5), as 'dunno' or '451 4.3.5 try again later'"
+    with blaming(f"{option} '{text}'", allowed):
+        if clean_action(action) != action or action.lower().startswith(b'action='):
+            raise UsageError("'action=', a line break, a control character, or bytes that are not UTF-8")
+        return action
 
 
 def parse_listen(text: str, option: str) -> Address:
     """Return the address that an option gives to listen on. Raises UsageError."""
-    try:
+    with blaming(f"{option} '{text}'", '<IPv4>:<port>, [<IPv6>]:<port> or unix:/path'):
         address, rest = parse_address(text)
         if rest or address.family == socket.AF_UNSPEC:
             raise UsageError('a name, or more than an address')
         return address
-    except UsageError as error:
-        raise UsageError(f"{option} '{text}': {error}; allowed is <IPv4>:<port>, [<IPv6>]:<port>"
-                         ' or unix:/path') from None  # fmt: skip
 
 
 def parse_mode(text: str, option: str) -> int:
@@ -2386,15 +2390,6 @@ def report_error(log: Log, context: object, kind: Any, value: Any, trace: Any) -
         trace = trace.tb_next
     where = f'{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}' if trace is not None else '-'
     log(WARNING, f'Internal error at {where}: {kind.__name__}: {value}')
-
-
-@contextlib.contextmanager
-def blaming(what: str) -> Iterator[None]:
-    """Turn an OSError into a ListenError that names what it is about."""
-    try:
-        yield
-    except OSError as error:
-        raise ListenError(f'{what}: {error.strerror or error}') from None
 
 
 def check_service(service: Service) -> tuple[Service, str, str]:

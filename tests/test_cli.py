@@ -53,7 +53,7 @@ def run(*arguments: str, stdin: bytes = b'') -> subprocess.CompletedProcess[byte
         (['-s', 'a=h:1', '-d', '550'], 'bare number'),
         (['-s', 'a=h:1', '-d', 'a\nb'], 'line break'),
         (['-s', 'a=h:1', '--failed='], "--failed ''"),
-        (['-s', 'a=h:1', '--failed=550'], "--failed '550': Postfix would misread it (a bare number"),
+        (['-s', 'a=h:1', '--failed=550'], "--failed '550': the bare number 550"),
         (['-s', 'a=h:1', '--listen=nonsense'], "'nonsense'"),
         (['-s', 'a=h:1', '--listen=localhost:10060'], "'localhost:10060': a name"),
         (['-s', 'a=127.0.0.1%lo:1'], "'127.0.0.1%lo'"),
