@@ -393,8 +393,8 @@ def blaming(what: str, allowed: str = '') -> Iterator[None]:
         yield
     except (UsageError, InvalidAnswer) as error:
         raise UsageError(f'{what}: {error}; allowed is {allowed}') from None
-    except OSError as error:
-        raise ListenError(f'{what}: {error.strerror or error}') from None
+    except OSError as fault:  # mypyc gives a name in a generator one type
+        raise ListenError(f'{what}: {fault.strerror or fault}') from None
 
 
 def parse_number(text: str, what: str, low: int, high: int) -> int:
@@ -2498,7 +2498,7 @@ def client_limit(options: SimpleNamespace, log: Log) -> int:
     Each service may need its max of connections; the rest is for clients, and half at least. A further one could not
     be answered.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):  # the kernel's own limit (fs.nr_open) may be lower
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -2624,10 +2624,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.check_services:
             return check_services(options.service)
         listeners = inherited_listeners()
+        ours = [*listeners, *options.listen]
         for service in options.service:
-            if service.address in [*listeners, *options.listen]:  # it would ask itself, until all wait for all
+            if service.address in ours:  # it would ask itself, until all wait for all
                 raise UsageError(f"--service '{service.name}': {service.where} is where hapolicy itself listens")
-        if options.status is not None and not listeners and not options.listen:
+        if options.status is not None and not ours:
             raise UsageError(f"--status '{options.status}' needs --listen: of many processes on stdin one would get it")
         listeners.update(open_listeners(options))
     except (UsageError, ListenError) as error:
