@@ -769,7 +769,7 @@ class StreamSink:
         text = ''.join([f'{level_mark(level)}[LOG {LEVELS[level]}]: {text}\n' for level, text in lines])
         data = text.encode('utf-8', 'backslashreplace')
         with contextlib.suppress(OSError):
-            while data:  # in a thread: whatever reads the other end may stop reading
+            while data:  # in a thread, as its reader may stop reading
                 data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
             return []
         return lines
@@ -813,13 +813,12 @@ class Log:
         gevent.spawn(self._write)
 
     def __call__(self, level: int, text: str) -> None:
-        """Queue a line; it is dropped and counted when MAX_LOG_LINES wait already."""
+        """Queue a line, or drop and count it."""
         if len(self._lines) >= MAX_LOG_LINES:
             self.lost += 1
             return
         self._lines.append((level, text if len(text) <= MAX_LOG_LINE else text[:MAX_LOG_LINE] + '...'))
-        if not self._more.is_set():
-            self._more.set()
+        self._more.set()
 
     def _write(self) -> None:
         reported = 0
@@ -2425,8 +2424,7 @@ def check_services(services: Sequence[Service]) -> int:
 def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
     """Return the listening sockets of --status and of all --listen. Raises ListenError.
 
-    With --reuse-port another process serves there, and goes on if anything fails: paths are moved there at the end,
-    and a port is opened last.
+    With --reuse-port another process goes on there if anything fails: paths are moved, and ports opened, last.
     """
     wanted = dict.fromkeys(options.listen, '--listen') | ({options.status: '--status'} if options.status else {})
     opened: dict[Address, socket.socket] = {}
@@ -2451,8 +2449,7 @@ def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
     """
     backlog = 1024  # a `postfix reload` brings all clients at once
     if address.family != socket.AF_UNIX:
-        where = (address.host, address.port)
-        return socket.create_server(where, family=address.family, backlog=backlog, reuse_port=reuse)
+        return socket.create_server(address[1:], family=address.family, backlog=backlog, reuse_port=reuse)
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(address.host).st_mode):
             raise FileExistsError('a file that is no socket is there')
