@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from tests.support import (
     Behaviour,
@@ -70,6 +72,11 @@ class ServerProcess:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def pause(self) -> None:
+        """Stop it as it is; return when all its threads stand still."""
+        self.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: ') T ' in Path(f'/proc/{self.process.pid}/stat').read_text())
 
     @property
     def service(self) -> str:

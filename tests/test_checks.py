@@ -256,7 +256,7 @@ def test_a_stopped_server_costs_mail_nothing_once_its_check_has_failed(names: st
         services = [f'-s{server.service}:::{SCALE:g}' for server in running]
         with ProxyProcess(*services) as proxy, proxy.client() as client:
             assert {client.ask_own() for _ in range(10)} == set(names)
-            running[0].process.send_signal(signal.SIGSTOP)
+            running[0].pause()
             wait_until(lambda: client.ask_own() and '[A] (' + running[0].service[2:] + ') is down' in proxy.log)
             expected = {'default' if names == 'A' else 'B'}
             held, end = 0, time.monotonic() + 5
@@ -290,7 +290,7 @@ def test_few_requests_are_held_by_a_server_that_hangs_under_load() -> None:
 
             def hang_a() -> None:
                 time.sleep(1)
-                a.process.send_signal(signal.SIGSTOP)
+                a.pause()
                 time.sleep(3)
                 held.append(len(waiting))
                 time.sleep(1)
@@ -410,7 +410,7 @@ def test_a_proxy_in_front_of_a_proxy_sees_its_servers_end_at_the_right_place() -
     with processes('A') as (a,), ProxyProcess('-s', a.service + ':::1', '--deadline=3', '-d', '451 inner') as inner:
         with ProxyProcess(f'-sI=127.0.0.1:{inner.port}:::10', '-d', '451 outer') as outer, outer.client() as client:
             assert client.ask_own() == 'A'
-            a.process.send_signal(signal.SIGSTOP)
+            a.pause()
             started = time.monotonic()
             assert client.ask(request(instance=new_instance())) == '451 inner'
             assert time.monotonic() - started < 3 + 10 * SCALE
@@ -650,7 +650,7 @@ def test_thousands_of_waiting_clients_slow_nobody_down() -> None:
         arguments = ['-s', a.service, '-s', b.service + '::::5', '--stall=1', '--deadline=25']
         with ProxyProcess(*arguments) as proxy:
             assert {server for server in ask_all(proxy, 4, 5)} == {'A', 'B'}
-            a.process.send_signal(signal.SIGSTOP)
+            a.pause()
             clients = [proxy.client(60) for _ in range(3000)]
             for client in clients:
                 client.send(request(instance=new_instance()))

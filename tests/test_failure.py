@@ -131,7 +131,7 @@ def test_a_killed_server_costs_no_answer_and_returns_to_its_share_without_a_burs
 def test_a_stopped_server_holds_each_client_once_and_for_no_longer_than_its_timeout() -> None:
     with processes('AB') as (a, b), ProxyProcess('-s', a.service + ':::2', '-s', b.service + ':::2') as proxy:
         with load(proxy.port, 16) as clients:
-            a.process.send_signal(signal.SIGSTOP)
+            a.pause()
             stopped = time.monotonic()
             proxy.logged('[A] (' + a.service[2:] + ') is down', 40)
             time.sleep(1)
@@ -148,7 +148,7 @@ def test_a_stall_is_seen_before_the_timeout() -> None:
         with ProxyProcess('-s', a.service, '-s', b.service, '--stall=0.5') as proxy, proxy.client() as first:
             while first.ask_own() != 'A':
                 pass
-            a.process.send_signal(signal.SIGSTOP)
+            a.pause()
             held = [proxy.client() for _ in range(2)]
             for client in held:
                 client.send(request(instance=new_instance()))
