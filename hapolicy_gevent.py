@@ -537,7 +537,7 @@ class Service(Settings):
             self.turn(DOWN, f'mail failed {self.in_a_row} times in a row, the last: {reason}', now)
         elif alone and self.state is UP and self.late_in_a_row >= self.fall:
             self.blamed = True
-            self.turn(TRIAL, f'{self.fall} mails in a row had no answer in time, but its check has one', now)
+            self.turn(TRIAL, f'{self.fall} mails in a row had no answer in time', now)
 
     def turn(self, state: str, why: str, now: float) -> None:
         """Change the state, and report it."""
@@ -1130,8 +1130,9 @@ class Connection(Wire):
         One that was in use for a second and never silent rests first: behind a surplus answer each request would
         read its predecessor's for as long as the next one comes at once.
         """
-        rest = QUIET - (now - self.idle_since)
-        if not self._watcher.active or (rest > 0 and self.listen(rest)):  # the former: since the pool has looked
+        if said := self.listen(QUIET - (now - self.idle_since)):
+            if said is SURPLUS:
+                self.pool.said_more('what nobody asked for', now)
             raise Ended(DROPPED, 'it was not silent before its use')
         self.silent_at = now
 
@@ -1183,11 +1184,12 @@ class Connection(Wire):
 
         Twice, as one that ends proves nothing.
         """
+        end = time.monotonic() + min(left, self.pool.service.timeout)
         for last in (False, True):
             self.close()
             self.begin(time.monotonic())
             try:
-                if self.pool.unchecked or not self.check(left)[0]:
+                if self.pool.unchecked or not self.check(end - self.since)[0]:
                     self.since = time.monotonic()
                     return
             except ServiceFailure:
@@ -1209,7 +1211,8 @@ class Connection(Wire):
 
     def listen(self, seconds: float) -> str:
         """Return what came within so many seconds, as look() does."""
-        gevent.sleep(seconds)
+        if seconds > 0:
+            gevent.sleep(seconds)
         self.watch()
         return self.look()
 
@@ -1288,7 +1291,8 @@ class Checker:
         """Tell whether it is too early for a check: one failed, and the service is down, or serves what is open."""
         seconds = BACKOFF_FIRST if self.pool.open else 0.0
         if self.pool.service.state is DOWN:
-            seconds = (self.backoff if self.pool.queue.balancer.up else BACKOFF_FIRST) * JITTER
+            alone = BACKOFF_FIRST / 5 if now - self.pool.service.since < 2 * BACKOFF_FIRST else BACKOFF_FIRST
+            seconds = self.backoff * JITTER if self.pool.queue.balancer.up else alone  # a restart takes no longer
         return now < self._failed_at + seconds
 
     def _due(self, now: float) -> bool:
@@ -1600,9 +1604,10 @@ class Pool:
         So is the eldest, every two seconds, once a check has passed since the last.
         """
         there = [*self.idle, *self.held, *self.busy]
-        if now >= self.give_up_at and (there if self.wanting else self.idle and len(there) > 1):
+        if now >= self.give_up_at and len(there) > (0 if self.wanting or self.checker.full else 1):
             self.give_up_at = math.inf
-            min(self.idle or there, key=lambda connection: connection.expires).expires = now
+            free = self.idle or [connection for connection in self.held if now - connection.idle_since >= HOLD]
+            min(free or there, key=lambda connection: connection.expires).expires = now
             if self.checker.full:
                 self.checker.stop()  # others are before us in the server's backlog from now on
         for connection in there:

@@ -831,3 +831,78 @@ def test_a_check_that_is_hung_up_on_while_connections_are_used_once_slows_nobody
         in_threads(40, work)
         measuring.join()
         assert counted[1] > counted[0] / 5, counted
+
+
+def test_i2_late_second_answers_under_load_are_found_and_end() -> None:
+    now = [0]
+
+    def behave(peer: Peer, message: bytes) -> None:
+        now[0] += 1
+        time.sleep(0.01)
+        echo(peer, message)
+        if now[0] > 8 and not is_check(message):
+            time.sleep(0.2)
+            echo(peer, message)
+        now[0] -= 1
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy:
+        wrong, stop = [0], threading.Event()
+
+        def work(_: int) -> None:
+            with proxy.client() as client:
+                while not stop.is_set():
+                    instance = new_instance()
+                    wrong[0] += instance not in client.ask(request(instance=instance))
+                    time.sleep(0.02)
+
+        def watch() -> None:
+            try:
+                proxy.logged('each of its connections is used once')
+                time.sleep(1)
+                before = wrong[0]
+                time.sleep(3)
+                assert wrong[0] == before
+            except AssertionError as error:
+                errors.append(error)
+            stop.set()
+
+        errors: list[AssertionError] = []
+        watching = threading.Thread(target=watch)
+        watching.start()
+        in_threads(20, work)
+        watching.join()
+        assert not errors, errors
+
+
+def test_connections_that_messages_hold_are_given_up_too() -> None:
+    with Prefork(2, slow(0.01)) as a, ProxyProcess('-s', a.service) as proxy:
+        stop = threading.Event()
+
+        def work(_: int) -> None:
+            with proxy.client() as client:
+                while not stop.is_set():
+                    client.ask_own()
+                    time.sleep(0.1)
+
+        def direct() -> float:
+            time.sleep(2)
+            try:
+                longest = 0.0
+                for _ in range(4):
+                    with PostfixClient(a.port, 40) as client:
+                        longest = max(longest, timed(client.ask_own))
+                return longest
+            finally:
+                stop.set()
+
+        waited = in_threads(11, lambda i: work(i) if i else direct())[0]
+        assert waited is not None and waited < 12, waited
+
+
+def test_a_restart_of_the_only_server_that_was_seen_costs_little_more_than_it_takes() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        assert client.ask_own() == 'A'
+        a.stop()
+        wait_until(lambda: client.ask_own() == 'default' and 'is down' in proxy.log)
+        a.start()
+        assert timed(lambda: wait_until(lambda: client.ask_own() == 'A')) < 0.6 * SCALE
