@@ -766,7 +766,8 @@ class StreamSink:
 
     def write(self, lines: list[Line]) -> list[Line]:
         """Write lines; return those that are lost."""
-        text = ''.join([f'{level_mark(level)}[LOG {LEVELS[level]}]: {text}\n' for level, text in lines])
+        heads = {level: f'{level_mark(level)}[LOG {name}]: ' for level, name in LEVELS.items()}
+        text = ''.join([f'{heads[level]}{text}\n' for level, text in lines])
         data = text.encode('utf-8', 'backslashreplace')
         with contextlib.suppress(OSError):
             while data:  # in a thread, as its reader may stop reading
