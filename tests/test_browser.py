@@ -249,7 +249,7 @@ def test_the_state_is_told_in_words_to_a_screen_reader(browser: Browser) -> None
 def test_picture(browser: Browser) -> None:
     """Write the picture of the documentation: one of three services has gone down in traffic."""
     with stubs(varied(0), varied(0.004), varied(0.02)) as (a, b, c):
-        a.name, b.name, c.name = 'GREY1', 'GREY2', 'SPF'
+        a.name, b.name, c.name = 'GREY1', 'GREY2', 'GREY3'
         with StatusProxy('-s', a.service, '-s', b.service, '-s', c.service) as proxy:
             for second in range(200):
                 if second == 140:
