@@ -408,7 +408,7 @@ def test_soak() -> None:
                     time.sleep(chance.random())
                     server.start()
                 else:
-                    server.process.send_signal(signal.SIGSTOP)
+                    server.pause()
                     time.sleep(chance.random() * 3.5)
                     server.process.send_signal(signal.SIGCONT)
                 well = time.monotonic()
