@@ -452,6 +452,9 @@ class Settings:
         self.failures = dict.fromkeys(FAILURES, 0)
         self.tally = Tally()  # of its answers, from the request to the answer
 
+    def __str__(self) -> str:
+        return f'[{self.name}] ({self.where})'  # as each line of the log names it
+
     @property
     def where(self) -> str:
         """Its address, as the option has it."""
@@ -547,8 +550,7 @@ class Service(Settings):
         if state is not TRIAL or self.state is UP:
             self.why = why
         self.state, self.in_a_row, self.late_in_a_row = state, 0, 0
-        where = f'[{self.name}] ({self.where})'
-        self.changed(self, f'{where} is {"on " if state is TRIAL else ""}{state}: {why}{lasted}', now)
+        self.changed(self, f'{self} is {"on " if state is TRIAL else ""}{state}: {why}{lasted}', now)
 
 
 def parse_service(text: str) -> Service:
@@ -740,7 +742,7 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
     if service is None:
         head = '[-] (-), prio: -, weight: -, queries: -, answers: -, failed: -'
     else:
-        head = (f'[{service.name}] ({service.where}), prio: {service.prio}, weight: {service.weight}, '
+        head = (f'{service}, prio: {service.prio}, weight: {service.weight}, '
                 f'queries: {service.queries}, answers: {service.answers}, failed: {service.failed}')  # fmt: skip
     if CR in request:
         request = request.replace(b'\r\n', b'\n')
@@ -1273,7 +1275,7 @@ class Checker:
 
     @property
     def full(self) -> int:
-        """How many connections the service serves, if it serves no more; else 0."""
+        """How many connections are open, if the service is full; else 0."""
         return max(1, self.pool.open) if self.at_once < self.pool.service.max else 0
 
     def spawn(self, check: Connection) -> Any:
@@ -1417,8 +1419,8 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         check = next((check for check in self.running if not check.used), None)  # the eldest
-        overtaken = check is not None and self.pool.service.newest - check.since > UNANSWERED
-        if overtaken and check is not None and (not self.full or len(self.running) > 2):
+        if (check is not None and self.pool.service.newest - check.since > UNANSWERED
+                and (not self.full or len(self.running) > 2)):  # fmt: skip
             self._limit(f'no answer for {now - check.since:.1f}s', now)
             self.stop(check)
         self.grow(now)
@@ -1620,7 +1622,7 @@ class Pool:
 
     def report(self, text: str) -> None:
         """Log what concerns this service."""
-        self.queue.log(WARNING, f'[{self.service.name}] ({self.service.where}) {text}')
+        self.queue.log(WARNING, f'{self.service} {text}')
 
     def trace(self, what: str) -> None:
         """Log a step of a connection (-v)."""
