@@ -129,9 +129,8 @@ MAX_AGE = 1000.0
 #: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
 #: children. For a slow server ten times of what a query takes.
 GIVE_UP = 1.5
-#: Seconds a connection waits for the lookup of its service's name before it takes the address of last time, and for one
-#: that is under way when it cannot connect there.
-LOOKUP, LOOKUP_MAX = 0.1, 1.0
+#: Seconds that the lookup of a service's name may take, before a new connection takes the address of last time.
+LOOKUP = 1.0
 
 #: Seconds between looks at the checks that run.
 TICK = 0.1
@@ -973,25 +972,24 @@ def connector(address: Address, seconds: float, report: Callable[[str], None]) -
 
 
 class HostName:
-    """The name in a service's address: looked up anew for each connection; while that fails, what it was last.
+    """The name in a service's address: looked up anew for new connections; while that fails, what it was last.
 
-    A connection waits LOOKUP for it; if it then cannot be made, LOOKUP_MAX, as the name may have moved. One lookup at
-    a time: a name server that hangs keeps one of gevent's threads busy for each name, not all.
+    One lookup at a time: a name server that hangs keeps one of gevent's threads busy for each name, not all.
     """
 
     def __init__(self, address: Address, seconds: float, report: Callable[[str], None]) -> None:
         self._address, self._seconds, self._report = address, seconds, report
-        self._known: list[tuple[int, Any]] = []  # families and socket addresses
-        self._failed: set[tuple[int, Any]] = set()  # not connected to when last tried: asked last
+        self._known: list[tuple[int, Any]] = []  # families and socket addresses, the one that failed last is last
         self._trouble = ''
-        self._lookup: gevent.Greenlet[..., None] | None = None
+        self._lookup: Any = None
+        self._began = 0.0  # when the lookup did (monotonic seconds)
 
     def _look_up(self) -> None:
         trouble = ''
         try:
             found = socket.getaddrinfo(self._address.host, self._address.port, type=socket.SOCK_STREAM)
-            self._known = [(family, where) for family, _, _, _, where in found]
-            self._failed.intersection_update(self._known)
+            known = [(family, where) for family, _, _, _, where in found]
+            self._known = sorted(known, key=lambda each: self._known.index(each) if each in self._known else -1)
         except (OSError, UnicodeError) as error:  # the latter of the idna codec
             trouble = getattr(error, 'strerror', None) or str(error)
         if trouble != self._trouble and self._known:
@@ -1000,32 +998,22 @@ class HostName:
 
     def connect(self) -> socket.socket:
         """Return a socket connected to the first address that takes it. Raises OSError."""
+        now = time.monotonic()
         if self._lookup is None or self._lookup.ready():
-            self._lookup = gevent.spawn(self._look_up)
-        self._lookup.join(LOOKUP if self._known else LOOKUP_MAX)
-        known = self._known
-        try:
-            return self._connect(known)
-        except OSError:
-            self._lookup.join(LOOKUP_MAX)
-            if set(self._known) == set(known):
-                raise
-            return self._connect(self._known)  # it has moved
-
-    def _connect(self, known: Sequence[tuple[int, Any]]) -> socket.socket:
-        failure = None if known else OSError(errno.EHOSTUNREACH, self._trouble or 'the name is not looked up in time')
-        for address in sorted(known, key=self._failed.__contains__):
+            self._lookup, self._began = gevent.spawn(self._look_up), now
+        self._lookup.join(max(0.0, self._began + LOOKUP - now))
+        failure = None if self._known else OSError(errno.EHOSTUNREACH, self._trouble or 'it is not looked up in time')
+        for address in list(self._known):
             try:
-                sock = connect(*address, self._seconds / len(known))
+                return connect(*address, self._seconds / len(self._known))
             except (OSError, gevent.Timeout, gevent.GreenletExit) as error:
-                self._failed.add(address)
+                if address in self._known:
+                    self._known.remove(address)
+                    self._known.append(address)
                 if not isinstance(error, OSError):  # the query is over, or the check
                     raise
                 # one that was too slow may be well: the mildest that can be said
                 failure = error if failure is None or isinstance(error, TimeoutError) else failure
-            else:
-                self._failed.discard(address)
-                return sock
         assert failure is not None
         raise failure
 
@@ -1123,8 +1111,7 @@ class Connection(Wire):
             timer.stop()
         self.spent = ENDED
         if not self._data:
-            again = self.used or self.pool.use is SINGLE_USE
-            raise (Ended if again else ServiceFailure)(DROPPED, 'it hung up without an answer')
+            raise (Ended if self.used else ServiceFailure)(DROPPED, 'it hung up without an answer')
         return self._parse(closed=True) or b''
 
     def _see_silence(self, now: float) -> None:
@@ -1173,8 +1160,20 @@ class Connection(Wire):
     def check(self, left: float = math.inf) -> tuple[str, bytes]:
         """Ask our own question; return what came behind the answer, as look() does, and the action.
 
-        Raises ServiceFailure.
+        Asked anew if the server hangs up, or answers rubbish: once proves nothing. Raises ServiceFailure.
         """
+        end = self.since + min(left, self.pool.service.timeout)
+        try:
+            said, action = self._check(end - self.since)
+            if said is not ENDED:
+                return said, action
+        except ServiceFailure as failure:
+            if failure.reason not in (DROPPED, INVALID):
+                raise
+        self.reopen()
+        return self._check(end - self.since)
+
+    def _check(self, left: float) -> tuple[str, bytes]:
         self.user = getcurrent()
         action = self.ask(CHECK, time.monotonic(), left)
         self.pool.service.check_answered(self.since, time.monotonic())
@@ -1182,23 +1181,10 @@ class Connection(Wire):
         self.idle_since = self.silent_at = time.monotonic()
         return said, action
 
-    def renew(self, left: float) -> None:
-        """Open anew, for a request that is to be sent again, and check that, for so long. Raises ServiceFailure.
-
-        Twice, as one that ends proves nothing.
-        """
-        end = time.monotonic() + min(left, self.pool.service.timeout)
-        for last in (False, True):
-            self.close()
-            self.begin(time.monotonic())
-            try:
-                if self.pool.unchecked or not self.check(end - self.since)[0]:
-                    self.since = time.monotonic()
-                    return
-            except ServiceFailure:
-                if last:
-                    raise
-        raise ServiceFailure(DROPPED, 'it ended behind the answer to its check')
+    def reopen(self) -> None:
+        """Close it; the next ask() opens it anew."""
+        self.close()
+        self.begin(time.monotonic())
 
     def look(self) -> str:
         """Return what came that nobody asked for: ENDED, SURPLUS, or '' for nothing, or for empty lines."""
@@ -1267,16 +1253,11 @@ class Checker:
     def __init__(self, pool: Pool, enabled: bool) -> None:
         self.pool, self.enabled = pool, enabled
         self.running: dict[Connection, Any] = {}  # each check and its greenlet
-        self.at_once = pool.service.max  # checks at once: fewer while the service is full
+        self.at_once = pool.service.max  # checks at once, or mails of single use: fewer while the service is full
+        self.full = 0  # how many connections it served when it was found full; 0: it is not
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
         self._began = self._failed_at = -math.inf  # the last check, and the last that failed (monotonic seconds)
-        self._doubted_at = math.inf  # when a check ended, before or behind its answer: one that begins later is to tell
-
-    @property
-    def full(self) -> int:
-        """How many connections are open, if the service is full; else 0."""
-        return max(1, self.pool.open) if self.at_once < self.pool.service.max else 0
 
     def spawn(self, check: Connection) -> Any:
         """Run a check in a greenlet of its own."""
@@ -1284,7 +1265,7 @@ class Checker:
 
     def growing(self, now: float) -> bool:
         """Tell whether a request that waits a moment may expect a new connection."""
-        if not self.enabled or self._doubted_at < now or self._pauses(now):
+        if not self.enabled or self._pauses(now):
             return False
         if self.running and (self.full or now - next(iter(self.running)).since > PATIENCE):
             return False
@@ -1323,9 +1304,9 @@ class Checker:
             return
         else:
             waits = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
-            more = more or self._due(now) or (waits and pool.wanting > 0)
-            many = pool.use is CHECKED and not (self._doubted_at < now and running)  # else those that run are to tell
-            number = min(max(pool.wanting if many else 0, running + more), self.at_once + waits)
+            single = pool.use is SINGLE_USE and not running  # full: perhaps no longer
+            more = more or self._due(now) or ((waits or single) and pool.wanting > 0)
+            number = min(max(pool.wanting if pool.use is CHECKED else 0, running + more), self.at_once + waits)
         for _ in range(min(number - len(self.running), pool.room)):
             self._start(now)
 
@@ -1357,28 +1338,17 @@ class Checker:
             return
         pool = self.pool
         self._failed_at, self.backoff, self.reason = -math.inf, BACKOFF_FIRST, ''
-        self.at_once = min(2 * self.at_once, pool.service.max)
+        self.at_once = min(self.at_once + (1 if pool.use is SINGLE_USE else self.at_once), pool.service.max)
+        self.full = self.full if self.at_once < pool.service.max else 0
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
-        if not said:
-            pool.use, self._doubted_at = CHECKED, math.inf
-        elif said is SURPLUS or self._confirms(check, now):
-            pool.use, self._doubted_at = SINGLE_USE, math.inf
+        pool.use = SINGLE_USE if said else CHECKED
         pool.give_up_at = min(pool.give_up_at, now + pool.give_up_pace)
         pool.service.check_passed(now)
         if not said:
             pool.idle.append(check)
         pool.queue.hand_over(pool, now)
-
-    def _confirms(self, check: Connection, now: float) -> bool:
-        """Tell whether another check ended before this one began; else have one more made, as one proves nothing."""
-        if check.since >= self._doubted_at:
-            return True
-        self._doubted_at = min(self._doubted_at, now)
-        if not self.running:
-            self._start(now)
-        return False
 
     def failed(self, check: Connection, failure: ServiceFailure, now: float) -> None:
         """Judge a service by a check that failed."""
@@ -1400,21 +1370,28 @@ class Checker:
         elif (service.heard_at > check.since) if reason is LATE else pool.look():
             self._limit(f'{reason}, {failure}', now)
             pool.queue.hand_over(pool, now)
-        elif reason not in (DROPPED, INVALID) or self._confirms(check, now):
+        elif (reason not in (DROPPED, INVALID)  # else those that began with it are to tell
+              or not any(0 <= check.since - other.since <= UNANSWERED for other in self.running)):  # fmt: skip
             self.reason = reason
             service.turn(DOWN, f'its check: {reason}, {failure}', now)
 
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
         self.stop()
-        self.at_once, self._doubted_at, self._failed_at = self.pool.service.max, math.inf, now
+        self.at_once, self.full, self._failed_at = self.pool.service.max, 0, now
+
+    def lower(self) -> None:
+        """Allow fewer at once, as one was hung up on: mails, where the service is single use, else checks."""
+        self.at_once = max(1, min(len(self.pool.busy), self.at_once) - 1) if self.pool.use is SINGLE_USE else 1
 
     def _limit(self, why: str, now: float) -> None:
         """Note that no more connections are served than are open."""
-        known, self.at_once, self._doubted_at = self.full, 1, math.inf
-        if self.full and not known:
-            self.pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
-                             f' set its max to {self.full}, or give it more workers')  # fmt: skip
+        pool, known = self.pool, self.full
+        self.lower()
+        self.full = max(1, pool.open)
+        if not known and self.full < pool.service.max:
+            pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
+                        f' set its max to {self.full}, or give it more workers')  # fmt: skip
 
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
@@ -1464,6 +1441,12 @@ class Pool:
         return self.use is not CHECKED or self.service.state is DOWN
 
     @property
+    def opens(self) -> bool:
+        """Whether a mail may open a connection, without a check."""
+        at_most = self.checker.at_once if self.use is SINGLE_USE else self.service.max
+        return self.unchecked and self.room > 0 and len(self.busy) < at_most
+
+    @property
     def give_up_pace(self) -> float:
         """Seconds between two connections that are given up."""
         counts, _, seconds = self.service.tally.read()
@@ -1494,7 +1477,7 @@ class Pool:
         """Tell whether it has a connection for a request, or will have one soon."""
         if len(self.busy) >= self.places:
             return False
-        return bool(self.idle or self.held) or (self.room > 0 if self.unchecked else self.checker.growing(now))
+        return bool(self.idle or self.held) or (self.opens if self.unchecked else self.checker.growing(now))
 
     def stalled(self, now: float) -> bool:
         """Tell whether mail is in flight and none was answered for `stall` seconds."""
@@ -1520,7 +1503,7 @@ class Pool:
                 connection = next(iter(self.held))
                 del self.held[connection]
                 short = now - connection.idle_since < HOLD and self.open < MAX_IDLE and not self.checker.running
-            elif self.unchecked and self.room > 0:
+            elif self.opens:
                 connection = Connection(self, now)
             else:
                 return None
@@ -1926,12 +1909,13 @@ class Proxy:
                 try:
                     action = connection.ask(request, connection.since, deadline - connection.since)
                     break
-                except Ended:
-                    if retried:
+                except ServiceFailure as fault:
+                    single = pool.use is SINGLE_USE and fault.reason is DROPPED
+                    if retried or not (single or isinstance(fault, Ended)):
                         raise
                     retried = True
                     self.statistics.retries += 1
-                    connection.renew(deadline - time.monotonic())
+                    connection = self._retry(connection, client, deadline)
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
             now = time.monotonic()
             if isinstance(error, ClientFault):
@@ -1947,6 +1931,22 @@ class Proxy:
         # a client that had hung up may never read this: nothing more on that connection
         pool.answered(connection, action, not gone, now)
         return action
+
+    def _retry(self, connection: Connection, client: Client, deadline: float) -> Connection:
+        """Return a connection to the same service, in place of one that had ended. Raises ServiceFailure."""
+        pool, now = connection.pool, time.monotonic()
+        if pool.use is SINGLE_USE:  # perhaps it has a limit: fewer at once, and in line
+            pool.checker.lower()
+            pool.give_back(connection, unused=False)
+            others = [other for other in self.pools.values() if other is not pool]
+            if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
+                raise Ended(DROPPED, 'it hung up without an answer, and then took no other connection')
+            return found
+        connection.reopen()
+        if not pool.unchecked and connection.check(deadline - now)[0]:
+            raise Ended(DROPPED, 'it ended behind the answer to its check')
+        connection.since = time.monotonic()
+        return connection
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,
                       tried: Sequence[Pool]) -> Decision:  # fmt: skip

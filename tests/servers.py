@@ -177,11 +177,12 @@ def for_sender(sender: str, fault: Behaviour, otherwise: Behaviour = echo) -> Be
     return lambda peer, message: (fault if attributes(message)['sender'] == sender else otherwise)(peer, message)
 
 
-def closes_after(answers: int, end: Callable[[socket.socket], None] = socket.socket.close) -> Behaviour:
+def closes_after(answers: int, behaviour: Behaviour = echo,
+                 end: Callable[[socket.socket], None] = socket.socket.close) -> Behaviour:  # fmt: skip
     """Hang up behind every so many answers of a connection."""
 
     def behave(peer: Peer, message: bytes) -> None:
-        echo(peer, message)
+        behaviour(peer, message)
         if peer.requests % answers == 0:
             end(peer.sock)
             raise HangUp

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import gevent
@@ -325,7 +326,7 @@ def test_a_paused_proxy_passes_on_the_answers_that_came_meanwhile() -> None:
 KINDS: dict[str, Behaviour] = {
     'after each answer': closes_after(1),
     'after every 7th': closes_after(7),
-    'after every 7th by a reset': closes_after(7, reset),
+    'after every 7th by a reset': closes_after(7, end=reset),
 }
 
 
@@ -703,6 +704,40 @@ def test_a_check_that_meets_a_worker_that_hangs_is_not_the_only_one(number: int)
         assert 'is down' not in proxy.log
 
 
+@pytest.mark.parametrize('end', [socket.socket.close, reset])
+def test_a_server_that_answers_once_on_each_of_a_few_connections_is_used_up_to_its_limit(end: object) -> None:
+    with (
+        FewAtATime(5, closes_after(1, slow(0.01)), end) as a,  # type: ignore[arg-type]
+        ProxyProcess('-s', a.service) as proxy,
+    ):
+        began = time.monotonic()
+        got = Counter(ask_all(proxy, 20, 100))
+        assert got['A'] > 0.97 * 2000, got  # all but some at the start
+        assert time.monotonic() - began < 2000 * 0.01 * SCALE, 'one at a time'
+        proxy.logged('is full')
+        assert 'is down' not in proxy.log
+
+
+def test_i9_mail_that_is_hung_up_on_slows_no_other_where_each_connection_is_used_once() -> None:
+    evil = for_sender('evil', hang_up, closes_after(1, slow(0.2)))
+    with stubs(evil) as (a,), ProxyProcess('-s', a.service) as proxy:
+        assert ask_all(proxy, 40, 1) == ['A'] * 40
+        stop = threading.Event()
+
+        def disturb() -> None:
+            with proxy.client() as stranger:
+                while not stop.wait(0.1):
+                    stranger.ask(request(sender='evil', instance=new_instance()))
+
+        stranger = threading.Thread(target=disturb)
+        stranger.start()
+        began = time.monotonic()
+        assert ask_all(proxy, 40, 10) == ['A'] * 400
+        stop.set()
+        stranger.join()
+        assert time.monotonic() - began < 3 * 2.0 * SCALE, 'ten times 0.2 s is what 40 places need'
+
+
 def test_i9_mail_that_is_answered_twice_costs_the_mail_at_a_server_with_a_limit_no_verdict() -> None:
     evil = for_sender('evil', twice(0), slow(0.005))
     with FewAtATime(5, evil) as a, ProxyProcess('-s', a.service) as proxy:
@@ -787,11 +822,12 @@ def test_by_spawn_a_server_that_hangs_costs_few_mails_its_timeout() -> None:
 
 
 def test_a_check_that_is_hung_up_on_while_connections_are_used_once_slows_nobody_for_long() -> None:
-    hangs, slowly, stop = threading.Event(), threading.Event(), threading.Event()
+    hangs, slowly, stop, hung_up = threading.Event(), threading.Event(), threading.Event(), itertools.count(1)
 
     def behave(peer: Peer, message: bytes) -> None:
         if is_check(message) and hangs.is_set():
-            hangs.clear()
+            if next(hung_up) == 60:  # so that some check is hung up on twice
+                hangs.clear()
             raise HangUp
         if slowly.is_set() and not is_check(message):
             time.sleep(0.02)  # some connections are open when the check is hung up on
