@@ -481,9 +481,8 @@ class Service(Settings):
     __slots__ = ('answered_at', 'blamed', 'changed', 'checked_at', 'failed_at', 'in_a_row', 'late_in_a_row', 'newest',
                  'since', 'state', 'why')  # fmt: skip
 
-    def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
-                 timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
-        super().__init__(name, address, prio, weight, timeout, maximum)
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
         self.state, self.since, self.why = UP, 0.0, 'never down'
         self.blamed = False  # mail took it down, or put it on trial: it stays on trial until mail is answered
         self.in_a_row = self.late_in_a_row = 0  # mails that failed since one was answered; and the late
@@ -861,7 +860,7 @@ class Wire:
     _recv: Callable[[int], bytes]
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+        sock.settimeout(None)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that died sends no end
@@ -906,22 +905,17 @@ class Wire:
         except BlockingIOError:
             return None
 
-    def send(self, data: bytes) -> None:
-        """Send all of `data`; the caller bounds the time. Raises OSError."""
+    def send(self, data: bytes) -> bool:
+        """Send all of `data`, return whether that took a while; the caller bounds the time. Raises OSError."""
         send = self._send
         try:
             sent = send(data)
         except BlockingIOError:
             sent = 0
-        if sent != len(data):
-            self.send_slowly(data[sent:])
-
-    def send_slowly(self, data: bytes) -> None:
-        """Send what the kernel did not take at once. Raises OSError."""
-        while data:
-            gevent.socket.wait_write(self.socket.fileno())
-            with contextlib.suppress(BlockingIOError):
-                data = data[self._send(data) :]
+        if sent == len(data):
+            return False
+        self.socket.sendall(data[sent:])
+        return True
 
     def close(self) -> None:
         """Close the socket and free its watcher; more than once does no harm."""
@@ -933,17 +927,15 @@ class Wire:
 def connect(family: int, where: Any, seconds: float = CONNECT_TIMEOUT) -> socket.socket:
     """Return a socket connected to a path, or to the numbers of an address, within so many seconds. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.settimeout(0 if family == socket.AF_UNIX else seconds)
-    give_up = time.monotonic() + seconds
+    sock.settimeout(0 if family == socket.AF_UNIX else None)
     try:
-        while True:
-            try:
-                sock.connect(where)
-                return sock
-            except BlockingIOError:  # the backlog of a unix socket is full, and no event tells when it no longer is
-                if time.monotonic() > give_up:
-                    raise TimeoutError('timed out') from None
-            gevent.sleep(0.01)
+        with gevent.Timeout(seconds, TimeoutError('timed out')):
+            while True:
+                try:
+                    sock.connect(where)
+                    return sock
+                except BlockingIOError:  # the backlog of a unix socket is full, and no event tells when it no longer is
+                    gevent.sleep(0.01)
     except BaseException:
         sock.close()
         raise
@@ -1092,7 +1084,8 @@ class Connection(Wire):
             if self.poll is None:
                 self.open()
             sent = True
-            self.send(request)
+            if self.send(request):
+                self.watch()  # for what came meanwhile
             while (chunk := self.receive()) != b'':
                 if not chunk:
                     continue
@@ -1210,10 +1203,6 @@ class Connection(Wire):
             self._watcher.stop()  # it is busy, and still sends
         elif said := self.look():
             self.pool.drop(self, said)
-
-    def send_slowly(self, data: bytes) -> None:
-        super().send_slowly(data)
-        self.watch()  # for ask() to receive what came meanwhile
 
     def close(self) -> None:
         if self.poll is not None:
