@@ -1157,9 +1157,7 @@ class Connection(Wire):
         """
         end = self.since + min(left, self.pool.service.timeout)
         try:
-            said, action = self._check(end - self.since)
-            if said is not ENDED:
-                return said, action
+            return self._check(end - self.since)
         except ServiceFailure as failure:
             if failure.reason not in (DROPPED, INVALID):
                 raise
@@ -1297,12 +1295,9 @@ class Checker:
             more = more or self._due(now) or ((waits or single) and pool.wanting > 0)
             number = min(max(pool.wanting if pool.use is CHECKED else 0, running + more), self.at_once + waits)
         for _ in range(min(number - len(self.running), pool.room)):
-            self._start(now)
-
-    def _start(self, now: float) -> None:
-        self._began = now
-        check = Connection(self.pool, now)
-        self.running[check] = self.spawn(check)
+            self._began = now
+            check = Connection(pool, now)
+            self.running[check] = self.spawn(check)
 
     def _run(self, check: Connection) -> None:
         kept = check  # compiled, nothing else holds it once stop() has dropped it
@@ -1332,6 +1327,8 @@ class Checker:
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
+        if said and pool.use is CHECKED:  # once proves little: the next check is due in a second
+            self._began = now - UNHEARD + BACKOFF_FIRST
         pool.use = SINGLE_USE if said else CHECKED
         pool.give_up_at = min(pool.give_up_at, now + pool.give_up_pace)
         pool.service.check_passed(now)
@@ -1345,6 +1342,7 @@ class Checker:
             return
         pool, service, reason = self.pool, self.pool.service, failure.reason
         self._failed_at = check.since
+        served = pool.look() or any(other.used for other in self.running)
         if reason not in JUDGED:  # a fault of ours
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
@@ -1356,8 +1354,8 @@ class Checker:
             pool.queue.balancer.update()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
-        elif (service.heard_at > check.since) if reason is LATE else pool.look():
-            self._limit(f'{reason}, {failure}', now)
+        elif (service.heard_at > check.since) if reason is LATE else served:
+            self._limit(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
         elif (reason not in (DROPPED, INVALID)  # else those that began with it are to tell
               or not any(0 <= check.since - other.since <= UNANSWERED for other in self.running)):  # fmt: skip
@@ -1373,10 +1371,12 @@ class Checker:
         """Allow fewer at once, as one was hung up on: mails, where the service is single use, else checks."""
         self.at_once = max(1, min(len(self.pool.busy), self.at_once) - 1) if self.pool.use is SINGLE_USE else 1
 
-    def _limit(self, why: str, now: float) -> None:
-        """Note that no more connections are served than are open."""
-        pool, known = self.pool, self.full
+    def _limit(self, why: str) -> None:
+        """Note that no more connections are served than are now."""
         self.lower()
+        if any(check.used for check in self.running):
+            return  # they are to be counted, too
+        pool, known = self.pool, self.full
         self.full = max(1, pool.open)
         if not known and self.full < pool.service.max:
             pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
@@ -1387,7 +1387,7 @@ class Checker:
         check = next((check for check in self.running if not check.used), None)  # the eldest
         if (check is not None and self.pool.service.newest - check.since > UNANSWERED
                 and (not self.full or len(self.running) > 2)):  # fmt: skip
-            self._limit(f'no answer for {now - check.since:.1f}s', now)
+            self._limit(f'no answer for {now - check.since:.1f}s')
             self.stop(check)
         self.grow(now)
 
