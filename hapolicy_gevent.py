@@ -481,8 +481,9 @@ class Service(Settings):
     __slots__ = ('answered_at', 'blamed', 'changed', 'checked_at', 'failed_at', 'in_a_row', 'late_in_a_row', 'newest',
                  'since', 'state', 'why')  # fmt: skip
 
-    def __init__(self, *settings: Any) -> None:
-        super().__init__(*settings)
+    def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
+                 timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
+        super().__init__(name, address, prio, weight, timeout, maximum)
         self.state, self.since, self.why = UP, 0.0, 'never down'
         self.blamed = False  # mail took it down, or put it on trial: it stays on trial until mail is answered
         self.in_a_row = self.late_in_a_row = 0  # mails that failed since one was answered; and the late
