@@ -320,58 +320,6 @@ FAILURES = (*JUDGED, DEADLINE, DESCRIPTORS, INTERNAL)
 
 UP, TRIAL, DOWN = 'up', 'trial', 'down'
 
-#: What an action does to a mail, for counting: access(5) names many.
-OK, REJECT, DEFER, PREPEND, OTHER = VERDICTS = ('ok', 'reject', 'defer', 'prepend', 'other')
-VERDICT_OF = {b'dunno': OK, b'ok': OK, b'permit': OK, b'reject': REJECT, b'defer': DEFER, b'defer_if_permit': DEFER,
-              b'defer_if_reject': DEFER, b'prepend': PREPEND}  # fmt: skip
-
-
-def verdict(action: bytes) -> str:
-    """Return which of VERDICTS an action is; a reply code counts as its class (access(5))."""
-    word = action.split(None, 1)[0].lower()
-    if re.match(rb'[45][0-9][0-9](\.|$)', word):
-        return DEFER if word.startswith(b'4') else REJECT
-    return VERDICT_OF.get(word, OTHER)
-
-
-class Tally:
-    """What a service answered: how fast, as a histogram, and by what it does to the mail.
-
-    Counted when somebody looks, once a second at least: that costs less than one by one.
-    """
-
-    #: Upper bounds in seconds, 0.1 ms to 100 s, ten for each power of ten (R10 of ISO 3), so 1-2-5 are among them. A
-    #: last count holds what took longer.
-    BOUNDS: ClassVar = (*(step * 10.0**power for power in range(-4, 2)
-                          for step in (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)), 100.0)  # fmt: skip
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(self.BOUNDS) + 1)
-        self._verdicts = dict.fromkeys(VERDICTS, 0)
-        self._sum = 0.0
-        self._added: list[tuple[float, bytes]] = []
-        self.add = self._added.append  #: counts an answer: its seconds and its action
-
-    def read(self) -> tuple[list[int], dict[str, int], float]:
-        """Return answers by bound, answers by verdict, and the seconds of all."""
-        for seconds, _ in self._added:
-            self._counts[bisect_left(self.BOUNDS, seconds)] += 1
-            self._sum += seconds
-        for word, number in Counter([action.partition(b' ')[0] for _, action in self._added]).items():
-            self._verdicts[verdict(word)] += number
-        self._added.clear()
-        return self._counts, self._verdicts, self._sum
-
-    @classmethod
-    def quantile(cls, counts: Sequence[float], part: float) -> float | None:
-        """Return the bound in seconds that so large a part of what was counted keeps to; None of nothing."""
-        rank = part * sum(counts)
-        for bound, seen in zip((*cls.BOUNDS, math.inf), itertools.accumulate(counts), strict=True):
-            if seen >= rank > 0:
-                return bound
-        return None
-
-
 class Address(NamedTuple):
     """Where to connect or listen: a unix socket's path (port 0), or a host and a port."""
 
@@ -675,6 +623,57 @@ LEVELS = {ERROR: 'error', WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
 Line: TypeAlias = 'tuple[int, str]'
 #: What a request got: the action, the service asked last, how many were asked, and why.
 Decision: TypeAlias = 'tuple[bytes, Service | None, int, str]'
+
+#: What an action does to a mail, for counting: access(5) names many.
+OK, REJECT, DEFER, PREPEND, OTHER = VERDICTS = ('ok', 'reject', 'defer', 'prepend', 'other')
+VERDICT_OF = {b'dunno': OK, b'ok': OK, b'permit': OK, b'reject': REJECT, b'defer': DEFER, b'defer_if_permit': DEFER,
+              b'defer_if_reject': DEFER, b'prepend': PREPEND}  # fmt: skip
+
+
+def verdict(action: bytes) -> str:
+    """Return which of VERDICTS an action is; a reply code counts as its class (access(5))."""
+    word = action.split(None, 1)[0].lower()
+    if re.match(rb'[45][0-9][0-9](\.|$)', word):
+        return DEFER if word.startswith(b'4') else REJECT
+    return VERDICT_OF.get(word, OTHER)
+
+
+class Tally:
+    """What a service answered: how fast, as a histogram, and by what it does to the mail.
+
+    Counted when somebody looks, once a second at least: that costs less than one by one.
+    """
+
+    #: Upper bounds in seconds, 0.1 ms to 100 s, ten for each power of ten (R10 of ISO 3), so 1-2-5 are among them. A
+    #: last count holds what took longer.
+    BOUNDS: ClassVar = (*(step * 10.0**power for power in range(-4, 2)
+                          for step in (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)), 100.0)  # fmt: skip
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(self.BOUNDS) + 1)
+        self._verdicts = dict.fromkeys(VERDICTS, 0)
+        self._sum = 0.0
+        self._added: list[tuple[float, bytes]] = []
+        self.add = self._added.append  #: counts an answer: its seconds and its action
+
+    def read(self) -> tuple[list[int], dict[str, int], float]:
+        """Return answers by bound, answers by verdict, and the seconds of all."""
+        for seconds, _ in self._added:
+            self._counts[bisect_left(self.BOUNDS, seconds)] += 1
+            self._sum += seconds
+        for word, number in Counter([action.partition(b' ')[0] for _, action in self._added]).items():
+            self._verdicts[verdict(word)] += number
+        self._added.clear()
+        return self._counts, self._verdicts, self._sum
+
+    @classmethod
+    def quantile(cls, counts: Sequence[float], part: float) -> float | None:
+        """Return the bound in seconds that so large a part of what was counted keeps to; None of nothing."""
+        rank = part * sum(counts)
+        for bound, seen in zip((*cls.BOUNDS, math.inf), itertools.accumulate(counts), strict=True):
+            if seen >= rank > 0:
+                return bound
+        return None
 
 
 class Statistics:
