@@ -82,6 +82,7 @@ import warnings
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import add, sub
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -408,11 +409,6 @@ class Settings:
         return str(self.address)
 
     @property
-    def verdicts(self) -> dict[str, int]:
-        """Answers by what they do to the mail."""
-        return self.tally.read()[1]
-
-    @property
     def failed(self) -> int:
         """Queries that got no usable answer."""
         return sum(self.failures.values())
@@ -496,6 +492,8 @@ class Service(Settings):
             self.since = now
         if state is not TRIAL or self.state is UP:
             self.why = why
+        if state is DOWN:
+            self.tally.last_failure = now, why
         self.state, self.in_a_row, self.late_in_a_row = state, 0, 0
         self.changed(self, f'{self} is {"on " if state is TRIAL else ""}{state}: {why}{lasted}', now)
 
@@ -619,6 +617,8 @@ NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY = 'no service is up', 'all servi
 
 ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6
 LEVELS = {ERROR: 'error', WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
+#: Seconds without an answer, while there is mail in flight, that log and status speak of.
+SILENT = 1.0
 #: Severity and text of a line for the log.
 Line: TypeAlias = 'tuple[int, str]'
 #: What a request got: the action, the service asked last, how many were asked, and why.
@@ -639,9 +639,9 @@ def verdict(action: bytes) -> str:
 
 
 class Tally:
-    """What a service answered: how fast, as a histogram, and by what it does to the mail.
+    """What became of a service's queries: how long they took, as histograms, and what its answers do to the mail.
 
-    Counted when somebody looks, once a second at least: that costs less than one by one.
+    Answers are counted when somebody looks, once a second at least: that costs less than one by one.
     """
 
     #: Upper bounds in seconds, 0.1 ms to 100 s, ten for each power of ten (R10 of ISO 3), so 1-2-5 are among them. A
@@ -655,6 +655,13 @@ class Tally:
         self._sum = 0.0
         self._added: list[tuple[float, bytes]] = []
         self.add = self._added.append  #: counts an answer: its seconds and its action
+        self.failed = [0] * (len(self.BOUNDS) + 1)  # queries without an answer, by bound
+        self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
+
+    def fail(self, seconds: float, why: str, now: float) -> None:
+        """Count a query that failed after so many seconds."""
+        self.failed[bisect_left(self.BOUNDS, seconds)] += 1
+        self.last_failure = now, why
 
     def read(self) -> tuple[list[int], dict[str, int], float]:
         """Return answers by bound, answers by verdict, and the seconds of all."""
@@ -666,14 +673,17 @@ class Tally:
         self._added.clear()
         return self._counts, self._verdicts, self._sum
 
-    @classmethod
-    def quantile(cls, counts: Sequence[float], part: float) -> float | None:
-        """Return the bound in seconds that so large a part of what was counted keeps to; None of nothing."""
-        rank = part * sum(counts)
-        for bound, seen in zip((*cls.BOUNDS, math.inf), itertools.accumulate(counts), strict=True):
-            if seen >= rank > 0:
-                return bound
-        return None
+
+def quantiles(counts: Sequence[int], pool: Pool, now: float) -> dict[str, float | None]:
+    """Return p50, p95 and p99: bounds in seconds that so many of 100 queries keep to, the last for more, too; or None.
+
+    Of queries that were answered or failed, by bound, and of those in flight, with the seconds they took so far.
+    """
+    counted, bounds = [*counts], (*Tally.BOUNDS, Tally.BOUNDS[-1])
+    for query in pool.busy:
+        counted[bisect_left(Tally.BOUNDS, now - query.since)] += 1
+    seen = [*itertools.accumulate(counted)]
+    return {f'p{part}': bounds[bisect_left(seen, part / 100 * seen[-1])] if seen[-1] else None for part in (50, 95, 99)}
 
 
 class Statistics:
@@ -689,33 +699,48 @@ class Statistics:
         return ', '.join([*counted, f'defaults: {sum(self.defaults.values())}'])
 
 
-def sample(service: Service) -> list[Any]:
-    """Return the counters of a service: monotonic seconds, answers, failures, and answers by bound of its Tally."""
-    return [time.monotonic(), service.answers, service.failed, *service.tally.read()[0]]
+#: What was counted. Under None: monotonic seconds, requests, answers, default actions. Of each service: answers,
+#: failures, and both by bound of its Tally.
+Counts: TypeAlias = 'dict[Service | None, list[Any]]'
 
 
-def difference(new: Iterable[Any], old: Iterable[Any]) -> list[Any]:
+def sample(proxy: Proxy) -> Counts:
+    """Return what is counted now."""
+    counted = proxy.statistics
+    counts: Counts = {None: [time.monotonic(), counted.requests, counted.answers, sum(counted.defaults.values())]}
+    for service in proxy.pools:
+        by_bound = map(add, service.tally.read()[0], service.tally.failed)
+        counts[service] = [service.answers, service.failed, *by_bound]
+    return counts
+
+
+def difference(new: Counts, old: Counts) -> Counts:
     """Return what was counted between two samples."""
-    return [after - before for after, before in zip(new, old, strict=True)]
+    return {key: [*map(sub, counted, old[key])] for key, counted in new.items()}
 
 
-def summaries(statistics: Statistics, services: Sequence[Service]) -> Iterator[str]:
-    """Yield a line for the log of what happened since the last, '' if there was no request, as at first."""
-    before: list[list[Any]] = []
-    while True:
-        now = [[statistics.requests, statistics.answers, sum(statistics.defaults.values())], *map(sample, services)]
-        total, *since = map(difference, now, before or now)
-        slowest = [f'{service.name} {milliseconds(Tally.quantile(counts, 0.99))}'
-                   for service, (_, _, _, *counts) in zip(services, since, strict=True)]  # fmt: skip
-        before = now
-        yield (f'summary of {since[0][0]:.0f}s, requests: {total[0]}, answers: {total[1]}, defaults: {total[2]}, '
-               f'failures: {sum(counted[2] for counted in since)}, p99: {", ".join(slowest)}'
-               if total[0] else '')  # fmt: skip
+def summary(proxy: Proxy, since: Counts) -> str:
+    """Return a line for the log about what was counted and what waits now, '' if there was no request."""
+    now, slowest = time.monotonic(), []
+    for service, pool in proxy.pools.items():
+        p99, silent = quantiles(since[service][2:], pool, now)['p99'], proxy.silence(pool, now)
+        silence = f' (silent for {duration(silent)})' if silent >= SILENT else ''
+        slowest.append(f'{service.name} {duration(p99)}{silence}')
+    (seconds, requests, answers, given), waits = since[None], proxy.waits(now)
+    return (f'summary of {seconds:.0f}s, requests: {requests}, answers: {answers}, defaults: {given}, '
+            f'failures: {sum(since[service][1] for service in proxy.pools)}, in flight: {len(waits)}, '
+            f'oldest: {duration(max(waits, default=None))}, p99: {", ".join(slowest)}'
+            if requests or waits else '')  # fmt: skip
 
 
-def milliseconds(bound: float | None) -> str:
-    """Return a quantile for people."""
-    return '-' if bound is None else 'over 100 s' if bound == math.inf else f'{bound * 1000:.4g} ms'
+def duration(seconds: float | None) -> str:
+    """Return a time as a person says it: '6.3 ms', '12.3 s', '3 min', '26 h', '4 d'; '-' for none."""
+    if seconds is None:
+        return '-'
+    for size, unit in (86400, 'd'), (3600, 'h'), (60, 'min'):
+        if seconds >= 2 * size:
+            return f'{seconds // size:.0f} {unit}'
+    return f'{seconds:.3g} s' if seconds >= 1 else f'{seconds * 1000:.3g} ms'
 
 
 def printable(value: bytes) -> str:
@@ -730,27 +755,23 @@ def escaped(text: str) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
-#: How the attributes begin that are logged of a request.
-LOGGED = [f'\n{name}=' for name in ('client_name', 'client_address', 'helo_name', 'sender', 'recipient', 'instance')]
+#: How the attributes begin that are logged of a request, in the ancestor's order and spelling.
+LOGGED = [b'\n' + name + b'=' for name in
+          (b'client_name', b'client_address', b'helo_name', b'sender', b'recipient', b'instance')]  # fmt: skip
 
 
 def request_line(decision: Decision, request: bytes, delay: float) -> str:
-    """Return the log line of a request (-l): the ancestor's fields and spelling, then ours."""
+    """Return the log line of a request (-l): the ancestor's fields, then ours. Without a blank no value is a field."""
     action, service, tries, why = decision
     if service is None:
         head = '[-] (-), prio: -, weight: -, queries: -, answers: -, failed: -'
     else:
         head = (f'{service}, prio: {service.prio}, weight: {service.weight}, '
                 f'queries: {service.queries}, answers: {service.answers}, failed: {service.failed}')  # fmt: skip
-    if CR in request:
-        request = request.replace(b'\r\n', b'\n')
-    if SPACE in request:  # without one no value can look like a field
-        request = request.replace(b' ', rb'\x20')
-    text = '\n' + request.decode('utf-8', 'backslashreplace')  # all at once, as it costs less than one by one
-    client, address, helo, sender, recipient, instance = [text.partition(name)[2].partition('\n')[0] for name in LOGGED]
-    tail = escaped(f'client: {client}[{address}], helo: <{helo}>, from: <{sender}>, to: <{recipient}>, '
-                   f"action: '{action.decode()}', instance: {instance}")  # fmt: skip
-    return f'{head}, delay: {delay:.3f}s, {tail}, tries: {tries}, why: {why}'
+    text = b'\n' + request.replace(b'\r\n', b'\n').replace(b' ', rb'\x20')
+    *values, instance = [text.partition(name)[2].partition(b'\n')[0] for name in LOGGED]
+    tail = b"client: %b[%b], helo: <%b>, from: <%b>, to: <%b>, action: '%b', instance: %b" % (*values, action, instance)
+    return f'{head}, delay: {delay:.3f}s, {printable(tail)}, tries: {tries}, why: {why}'
 
 
 def level_mark(level: int) -> str:
@@ -758,11 +779,10 @@ def level_mark(level: int) -> str:
     return f'<{level}>' if 'JOURNAL_STREAM' in os.environ else ''
 
 
-class StreamSink:
+class StreamSink(NamedTuple):
     """Writes log lines to a descriptor: stdout for -L, or stderr where there is no syslog."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    fd: int
 
     def write(self, lines: list[Line]) -> list[Line]:
         """Write lines; return those that are lost."""
@@ -771,7 +791,7 @@ class StreamSink:
         data = text.encode('utf-8', 'backslashreplace')
         with contextlib.suppress(OSError):
             while data:  # in a thread, as its reader may stop reading
-                data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
+                data = data[gevent.get_hub().threadpool.apply(os.write, (self.fd, data)) :]
             return []
         return lines
 
@@ -815,25 +835,25 @@ class Log:
 
     def __call__(self, level: int, text: str) -> None:
         """Queue a line, or drop and count it."""
-        if len(self._lines) >= MAX_LOG_LINES:
+        if len(self._lines) < MAX_LOG_LINES:
+            self._lines.append((level, text if len(text) <= MAX_LOG_LINE else text[:MAX_LOG_LINE] + '...'))
+            self._more.set()
+        else:
             self.lost += 1
-            return
-        self._lines.append((level, text if len(text) <= MAX_LOG_LINE else text[:MAX_LOG_LINE] + '...'))
-        self._more.set()
 
     def _write(self) -> None:
         reported = 0
         while self._more.wait():
-            while self._lines:
-                lines, self._lines = self._lines, []
-                with contextlib.suppress(Exception):  # of a thread that cannot be had, say: the log goes on
-                    for sink in self._sinks:
-                        lines = sink.write(lines)
-                self.lost += len(lines)
-                if not lines and self.lost > reported:
-                    self._lines.append((WARNING, f'{self.lost - reported} log lines were lost'))
-                    reported = self.lost
-            self._more.clear()
+            lines, self._lines = self._lines, []
+            with contextlib.suppress(Exception):  # of a thread that cannot be had, say: the log goes on
+                for sink in self._sinks:
+                    lines = sink.write(lines)
+            self.lost += len(lines)
+            if not lines and self.lost > reported:
+                self._lines.append((WARNING, f'{self.lost - reported} log lines were lost'))
+                reported = self.lost
+            if not self._lines:
+                self._more.clear()
 
     def close(self) -> None:
         """Write what is queued, for a second at most."""
@@ -1521,6 +1541,7 @@ class Pool:
         """Close a connection whose mail was not answered: a check is to tell whether the service is well."""
         service = self.service
         service.failures[failure.reason] += 1
+        service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
         if self.busy.pop(connection, self) is None:  # and not from before it went down
             alone = self.queue.balancer.up == (service.state is UP)
             service.mail_failed(failure.reason, connection.since, alone, self.wanting > 0, now)
@@ -1848,7 +1869,7 @@ class Proxy:
         self._deadline = deadline - TOO_SHORT  # seconds, for a request
         #: Default actions that are logged once in ten seconds and not one by one, by reason: how many were.
         self._logged = {NO_SERVICE: 0, NOT_POLICY: 0}
-        self._stalled: set[Service] = set()
+        self.stalled: dict[Service, float] = {}  # and since when each has not answered (monotonic seconds)
         for service in services:
             service.since = time.monotonic()
         gevent.spawn(self._keep, TICK if checked else 1.0)
@@ -2024,10 +2045,14 @@ class Proxy:
         self.queue.prune(now)
         for service, pool in self.pools.items():
             service.tally.read()
-            if pool.stalled(now) != (service in self._stalled):
-                self._stalled ^= {service}
-                pool.report(f'is stalled: {len(pool.busy)} requests and no answer' if service in self._stalled
-                            else 'is no longer stalled')  # fmt: skip
+            if pool.stalled(now):
+                if service not in self.stalled:
+                    self.stalled[service] = now - self.silence(pool, now)
+                    pool.report(f'is stalled: {len(pool.busy)} requests in flight,'
+                                f' no answer for {duration(self.silence(pool, now))}')  # fmt: skip
+            elif service.heard_at > self.stalled.get(service, math.inf) + service.stall:
+                del self.stalled[service]
+                pool.report('is no longer stalled')
         if int(now) % 10 == 0:
             self._log_defaults()
 
@@ -2040,11 +2065,24 @@ class Proxy:
                 self._log(level, f"Default action '{printable(self._default)}' given {given - logged} times: {reason}")
 
     def summarize(self, seconds: float) -> None:
-        """Log a summary so often, for ever."""
-        for line in summaries(self.statistics, list(self.pools)):
-            if line:
+        """Log a summary so often, and soon after a service has stalled, for ever."""
+        while True:
+            before, known, end = sample(self), {*self.stalled}, time.monotonic() + seconds
+            while known.issuperset(self.stalled) and (left := end - time.monotonic()) > 0:
+                gevent.sleep(min(1.0, left))
+            if line := summary(self, difference(sample(self), before)):
                 self._log(NOTICE, line)
-            gevent.sleep(seconds)
+
+    # -- what is reported
+
+    def waits(self, now: float) -> list[float]:
+        """Return for how many seconds each request has waited that is not answered yet."""
+        return [now - client.asked for client in self.clients if not client._waits]  # for a next one
+
+    def silence(self, pool: Pool, now: float) -> float:
+        """Return for how many seconds a service has given no answer that has mail in flight, or has stalled; else 0."""
+        asked = next(iter(pool.busy)).since if pool.busy else now
+        return now - self.stalled.get(pool.service, max(asked, pool.service.answered_at))
 
 
 # ---------------------------------------------------------------------------
@@ -2055,6 +2093,9 @@ class Proxy:
 STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
 #: Seconds between two samples of the counters, and how many are kept: ten minutes. One minute of them.
 SAMPLE_SECONDS, SAMPLES, MINUTE = 5.0, 121, 13
+
+#: Options that are not shown as settings; each service has a row of its own.
+NO_SETTINGS = ('', 'service', 'check_services', 'help', 'socket_mode', 'version')
 
 #: Method and path; also of a proxy, which sends the whole address.
 HTTP_REQUEST = rb'([!-~]+) (?:http://[^/ ]*)?(/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n'
@@ -2069,17 +2110,6 @@ Allow: GET, HEAD
 Connection: close
 """
 
-#: Counters of each service, as sample() has them; under None seconds and how many default actions were returned.
-Counts: TypeAlias = 'dict[Service | None, list[Any]]'
-
-
-def duration(seconds: float) -> str:
-    """Return a time as a person says it, of the largest unit that it has two of: '90 s', '3 min', '26 h', '4 d'."""
-    for size, unit in (86400, 'd'), (3600, 'h'), (60, 'min'):
-        if seconds >= 2 * size:
-            return f'{seconds // size:.0f} {unit}'
-    return f'{seconds // 1:.0f} s'
-
 
 class Status:
     """What the proxy reports of itself by HTTP: it only reads counters.
@@ -2088,56 +2118,42 @@ class Status:
     give it any name. Who may read it is who can reach the address.
     """
 
-    def __init__(self, proxy: Proxy, default: bytes, log: Log) -> None:
+    def __init__(self, proxy: Proxy, options: SimpleNamespace, log: Log) -> None:
         import base64
         import hashlib
         import json
 
-        self._proxy, self._default, self._log = proxy, printable(default), log
+        self._proxy, self._options, self._log = proxy, options, log
+        dumps = functools.partial(json.dumps, allow_nan=False, default=printable)
         self._started = time.monotonic()
-        self._services = sorted(proxy.pools, key=lambda service: service.prio)
-        self._samples = deque([self._sample()], maxlen=SAMPLES)  # requests pay nothing for it
-        self._pages: dict[bytes, tuple[str, Callable[[], bytes]]] = {
-            b'/': ('text/html', STATUS_PAGE.encode),
-            b'/status.json': ('application/json', lambda: json.dumps(self.data(), allow_nan=False).encode()),
+        self._pools = sorted(proxy.pools.values(), key=lambda pool: pool.service.prio)
+        self._samples = deque([sample(proxy)], maxlen=SAMPLES)
+        install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
+        #: By path: return the code of an answer, the type of its content, and that.
+        self._pages: dict[bytes, Callable[[], tuple[str, str, bytes]]] = {
+            b'/': lambda: ('200 OK', 'text/html', STATUS_PAGE.encode()),
+            b'/status.json': lambda: ('200 OK', 'application/json', dumps(self.data()).encode()),
+            b'/metrics': lambda: ('501 Not Implemented', 'text/plain', f'{install}, then restart hapolicy\n'.encode()),
+            b'/health': self._health,
         }
         with contextlib.suppress(ImportError):  # here: in the first scrape it would hold up mail for 0.1 s
-            from prometheus_client import CollectorRegistry, generate_latest
+            from prometheus_client import generate_latest
 
-            registry = CollectorRegistry()
-            registry.register(self)
-            self._pages[b'/metrics'] = 'text/plain; version=0.0.4', functools.partial(generate_latest, registry)
+            self._pages[b'/metrics'] = lambda: ('200 OK', 'text/plain; version=0.0.4', generate_latest(self))
         # built anew four times a second at most: mail does not pay for who asks too often
         self._built = functools.lru_cache(len(self._pages))(lambda build, _: build())
-        hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-                  for name, text in re.findall(r'<(style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)}  # fmt: skip
-        self._headers = HTTP_HEADERS.format(**hashes).replace('\n', '\r\n')
-        gevent.spawn(self._keep_samples)
+        style, script = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                         for text in re.findall(r'<(?:style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)]  # fmt: skip
+        self._headers = HTTP_HEADERS.format(style=style, script=script).replace('\n', '\r\n')
+        self._timer: Any = gevent.get_hub().loop.timer(SAMPLE_SECONDS, repeat=SAMPLE_SECONDS)
+        self._timer.start(lambda: self._samples.append(sample(proxy)))
 
-    def _sample(self) -> Counts:
-        given = sum(self._proxy.statistics.defaults.values())
-        return {None: [time.monotonic(), given], **{service: sample(service) for service in self._services}}
-
-    def _keep_samples(self) -> None:
-        while True:
-            gevent.sleep(SAMPLE_SECONDS)
-            self._samples.append(self._sample())
-
-    def _lately(self, samples: int) -> Counts:
-        """Return what was counted since so many samples ago, or all that is known."""
-        before = self._samples[-min(samples, len(self._samples))]
-        return {key: difference(counted, before[key]) for key, counted in self._sample().items()}
-
-    def unhealthy(self) -> str:
-        """Return why no new client should be sent here, '' if there is no reason."""
-        if self._proxy.draining:
-            return 'draining'
-        able = any(map(self.able, self._services))
-        return '' if able else f"no service is up: '{self._default}' is given to every request"
-
-    def able(self, service: Service) -> bool:
-        """Tell whether a service may get the next mail: it is up, or a trial is free."""
-        return service.state is not DOWN and self._proxy.pools[service].admits(0, time.monotonic())
+    def _health(self) -> tuple[str, str, bytes]:
+        """Return the answer to /health: whether new clients should be sent here, and why not."""
+        headline = self.data()['headline']
+        if headline['level'] == 'bad' or self._proxy.draining:
+            return '503 Service Unavailable', 'text/plain', f'{headline["text"]}\n'.encode()
+        return '200 OK', 'text/plain', b'ok\n'
 
     # -- HTTP
 
@@ -2158,21 +2174,13 @@ class Status:
         """Return the answer to the head of a request (RFC 9112)."""
         asked = re.match(HTTP_REQUEST, request)
         method, path = asked.groups() if asked else (b'', b'')
-        code, kind, body = '200 OK', 'text/plain', b'ok\n'
+        code, kind, body = '404 Not Found', 'text/plain', b'there are /, /status.json, /metrics and /health\n'
         if not method:
             code, body = '400 Bad Request', b'not understood\n'
         elif method not in (b'GET', b'HEAD'):
             code, body = '405 Method Not Allowed', b'only GET and HEAD are answered\n'
         elif path in self._pages:
-            kind, build = self._pages[path]
-            body = self._built(build, int(time.monotonic() * 4))
-        elif path == b'/metrics':
-            install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
-            code, body = '501 Not Implemented', f'{install}, then restart hapolicy\n'.encode()
-        elif path != b'/health':
-            code, body = '404 Not Found', b'there are /, /status.json, /metrics and /health\n'
-        elif why := self.unhealthy():
-            code, body = '503 Service Unavailable', f'{why}\n'.encode()
+            code, kind, body = self._built(self._pages[path], int(time.monotonic() * 4))
         head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
         return f'{head}{self._headers}\r\n'.encode() + (b'' if method == b'HEAD' else body)
 
@@ -2180,53 +2188,60 @@ class Status:
 
     def data(self) -> dict[str, Any]:
         """Return the content of /status.json; docs/operations.md has its fields."""
-        now, wall, proxy = time.monotonic(), time.time(), self._proxy
-        minute = self._lately(MINUTE)
-        services = [self._service(service, minute, now, wall) for service in self._services]
+        now, proxy = time.monotonic(), self._proxy
+        waits, minute = proxy.waits(now), difference(sample(proxy), self._samples[-min(MINUTE, len(self._samples))])
+        services = [self._service(pool, minute, now) for pool in self._pools]
         return {
-            'version': 1, 'program': __version__, 'pid': os.getpid(), 'headline': self._headline(services, minute),
-            'time': round(wall, 3), 'started': round(wall - now + self._started, 3),
-            'uptime': round(now - self._started, 3), 'draining': proxy.draining, 'default': self._default,
+            'version': 1, 'program': __version__, 'host': socket.gethostname(), 'pid': os.getpid(),
+            'headline': self._headline(services, minute, waits), 'time': unix(now), 'started': unix(self._started),
+            'draining': proxy.draining, 'log_lines_lost': self._log.lost,
+            'options': {name: value for name, value in sorted(vars(self._options).items()) if name not in NO_SETTINGS},
             **{name: getattr(proxy.statistics, name) for name in (*COUNTERS, 'defaults', 'refused')},
-            'clients_connected': len(proxy.clients), 'log_lines_lost': self._log.lost,
-            'step': SAMPLE_SECONDS, 'services': services,
+            'in_flight': len(waits), 'oldest': round(max(waits, default=0.0), 3),
+            'clients_connected': len(proxy.clients), 'step': SAMPLE_SECONDS, 'services': services,
         }  # fmt: skip
 
-    def _service(self, service: Service, lately: Counts, now: float, wall: float) -> dict[str, Any]:
-        pool, lasting = self._proxy.pools[service], now - service.since
-        seconds, answered, failed, *counts = lately[service]
-        answers = sum(lately[each][1] for each in self._services)
-        slow = {name: Tally.quantile(counts, part) for name, part in (('p50', 0.5), ('p95', 0.95), ('p99', 0.99))}
-        steps = [difference(new[service][1:3], old[service][1:3]) for old, new in itertools.pairwise(self._samples)]
-        since = time.strftime('%b %e %H:%M:%S', time.localtime(wall - lasting))  # as the log has it
+    def _service(self, pool: Pool, minute: Counts, now: float) -> dict[str, Any]:
+        service, stalled, silent = pool.service, pool.service in self._proxy.stalled, self._proxy.silence(pool, now)
+        (seconds, _, total, _), (answered, failed, *counts) = minute[None], minute[service]
+        slow, taken = quantiles(counts, pool, now), [counted[service] for counted in self._samples]
+        text, failure = f'since {ago(service.since)}: {service.why}', service.tally.last_failure
+        if service.state is UP and (stalled or silent >= SILENT):
+            text = f'without an answer since {ago(now - silent)}, {len(pool.busy)} requests in flight'
         return {
             **{name: getattr(service, name) for name in ('name', 'prio', 'weight', 'timeout', 'max', 'state', 'why',
-                                                         'queries', 'answers', 'failed', 'verdicts', 'failures')},
-            'address': service.where, 'text': f'since {since} (for {duration(lasting)}): {service.why}',
-            'since': round(wall - lasting, 3), 'lasting': round(lasting, 3),
-            'up': self.able(service), 'stalled': pool.stalled(now), 'full': pool.checker.full or None, 'use': pool.use,
-            'in_flight': len(pool.busy), 'waiting': pool.wanting,
-            'idle_connections': len(pool.idle) + len(pool.held), 'checks': len(pool.checker.running),
+                                                         'queries', 'answers', 'failed', 'failures')},
+            'address': service.where, 'text': text, 'since': unix(service.since), 'use': pool.use,
+            'verdicts': service.tally.read()[1],
+            'up': service.state is not DOWN and pool.admits(0, now),  # or on trial, and a mail may try it
+            'stalled': stalled, 'silent': round(silent, 3), 'full': pool.checker.full or None,
+            'last_failure': f'{ago(failure[0])}: {failure[1]}' if failure else None,
+            'in_flight': len(pool.busy), 'waiting': pool.wanting, 'checks': len(pool.checker.running),
+            'idle_connections': len(pool.idle) + len(pool.held),
             'requests_per_second': round((answered + failed) / max(1.0, seconds), 2),  # of the first moments as of one
-            'share': round(answered / answers, 4) if answers else None,
-            **{name: None if bound is None else min(bound, Tally.BOUNDS[-1]) for name, bound in slow.items()},
-            'history': {'answers': [step[0] for step in steps], 'failed': [step[1] for step in steps]},
+            'share': round(answered / total, 4) if total else None,
+            **slow, 'latency': [f'{name} {duration(bound)}' for name, bound in slow.items()],
+            'history': {name: [new[i] - old[i] for old, new in itertools.pairwise(taken)]
+                        for i, name in enumerate(('answers', 'failed'))},
         }  # fmt: skip
 
-    def _headline(self, services: list[dict[str, Any]], lately: Counts) -> dict[str, str]:
+    def _headline(self, services: list[dict[str, Any]], minute: Counts, waits: list[float]) -> dict[str, str]:
         """Return how bad it is (ok, warning, bad), and in words which service, since when, why and what it cost."""
         words = {UP: 'stalled', TRIAL: 'on trial', DOWN: 'down'}
         trouble = [f'{row["name"]} is {words[row["state"]]} {row["text"]}.'
                    for row in services if row['state'] is not UP or row['stalled']]  # fmt: skip
-        failing = [f'{each.name} failed {lately[each][2]} of {sum(lately[each][1:3])} queries in the last minute.'
-                   for each in self._services if lately[each][2]]  # fmt: skip
-        seconds, given = self._lately(SAMPLES)[None]
+        failing = [f'{service.name} failed {counts[1]} of {sum(counts[:2])} queries in the last minute.'
+                   for service, counts in minute.items() if service and counts[1]]  # fmt: skip
         said = [f'{len(services) - len(trouble)} of {len(services)} services are up.', *trouble[:3], *failing[:3]]
         if self._proxy.draining:
             said.insert(0, f'Draining: no new client is accepted, {len(self._proxy.clients)} are connected.')
+        given, level = minute[None][3], 'ok'
         if len(said) > 1 or given:
-            said.append(f"{given} requests got the default action '{self._default}' in the last {duration(seconds)}.")
-        level = 'ok' if len(said) == 1 else 'warning' if any(map(self.able, self._services)) else 'bad'
+            level = 'warning' if any(row['up'] for row in services) else 'bad'
+            default = printable(self._options.default)
+            said.append(f"{given} requests got the default action '{default}' in the last minute.")
+        if max(waits, default=0.0) >= SILENT:
+            said.append(f'{len(waits)} requests are in flight, the oldest for {duration(max(waits))}.')
         return {'level': level, 'text': ' '.join(said)}
 
     # -- metrics
@@ -2245,7 +2260,7 @@ class Status:
                     family.add_metric([text for text in (row.get('name'), label) if text], value or 0)
             yield family
         seconds = core.HistogramMetricFamily('hapolicy_query_seconds', 'time to each answer', labels=['service'])
-        for service in self._services:
+        for service in self._proxy.pools:
             seconds.add_metric([service.name], buckets(service.tally), service.tally.read()[2])
         yield seconds
 
@@ -2256,12 +2271,26 @@ METRICS: Sequence[tuple[str, str, str, list[str]]] = (
     *(('Counter', name, name, ['reason']) for name in ('defaults', 'refused')),
     ('Counter', 'answers', 'verdicts', ['service', 'verdict']),
     ('Counter', 'failures', 'failures', ['service', 'reason']),
-    *(('Gauge', f'service_{name}', name, ['service'])
-      for name in ('up', 'stalled', 'full', 'max', 'in_flight', 'idle_connections')),
+    *(('Gauge', f'service_{name}', name.removesuffix('_seconds'), ['service'])
+      for name in ('up', 'stalled', 'full', 'max', 'in_flight', 'idle_connections', 'silent_seconds', 'p50_seconds',
+                   'p95_seconds', 'p99_seconds')),
+    ('Gauge', 'in_flight', 'in_flight', []),
+    ('Gauge', 'oldest_request_seconds', 'oldest', []),
     ('Gauge', 'clients', 'clients_connected', []),
     ('Gauge', 'start_time_seconds', 'started', []),
     ('Gauge', 'build_info', 'build_info', ['version']),
 )  # fmt: skip
+
+
+def unix(then: float) -> float:
+    """Return monotonic seconds as unix seconds."""
+    return round(time.time() - time.monotonic() + then, 3)
+
+
+def ago(then: float) -> str:
+    """Return when that was (monotonic seconds), as the log has it, and how long ago."""
+    stamp = time.strftime('%b %e %H:%M:%S', time.localtime(unix(then)))
+    return f'{stamp} ({duration(time.monotonic() - then)} ago)'
 
 
 def buckets(tally: Tally) -> list[tuple[str, int]]:
@@ -2570,7 +2599,7 @@ def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop:
     """Serve clients until stopped; return False if some were left at the end of the grace."""
     from gevent.pool import Pool as GreenletPool
 
-    limit = client_limit(options, log)
+    limit = options.max_clients = client_limit(options, log)
     greenlets: Any = GreenletPool(limit)  # one for each client
     servers = [start_server(listener, proxy.handle, greenlets) for listener in listeners.values()]
     log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {", ".join(map(str, listeners))}')
@@ -2634,7 +2663,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_timeouts(options.service, options.deadline, log)
     proxy = Proxy(options.service, options.default, options.failed, options.deadline, log, checked=bool(listeners))
     if status is not None:
-        server = start_server(status, Status(proxy, options.default, log).handle, STATUS_CONNECTIONS)
+        options.listen, options.status = [*map(str, listeners)], str(options.status)
+        server = start_server(status, Status(proxy, options, log).handle, STATUS_CONNECTIONS)
         if options.reuse_port:  # the process that replaces us is to serve it, also while we drain
             stop.rawlink(lambda _: server.close())
         log(NOTICE, f'The status is served at {options.status}')
@@ -2648,33 +2678,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 #: proxy reports is put in as text, never as markup.
 STATUS_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>hapolicy</title>
 <link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; --back: #fff; --soft: #f3f5f7; --line: #d5dae0; --text: #1a1f26; --dim: #59636f;
-  --link: #0a55b0; --good: #17692f; --warn: #855000; --bad: #b3161b; --bars: #3d78b8; }
+  --good: #17692f; --warn: #855000; --bad: #b3161b; --bars: #3d78b8; }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #14181d; --soft: #1d232a; --line: #38414b; --text: #e6eaef; --dim: #a3adb8; --link: #7db7ff;
+  :root { --back: #14181d; --soft: #1d232a; --line: #38414b; --text: #e6eaef; --dim: #a3adb8;
     --good: #6fd08c; --warn: #f0b450; --bad: #ff8a85; --bars: #6ea8e4; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 88rem; background: var(--back); color: var(--text);
   font: 0.9375rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 header, footer { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; margin: 0.5rem 0; color: var(--dim); }
-h1 { margin: 0 auto 0 0; font-size: 1rem; }
-h2 { margin: 1.5rem 0 0.5rem; font-size: 1rem; }
+h1, h2 { margin: 0 auto 0 0; font-size: 1rem; }
+h2 { margin: 1.5rem 0 0.5rem; }
 #headline, #old { margin: 0.75rem 0; padding: 0.75rem 1rem; font-weight: 600; }
-#headline { border-left: 0.5rem solid var(--good); background: var(--soft); font-size: 1.125rem; }
-#headline.warning { border-color: var(--warn); }
-#headline.bad { border-color: var(--bad); }
+#headline { border-left: 0.5rem solid var(--level); background: var(--soft); font-size: 1.125rem; }
+.ok, .up { --level: var(--good); }
+.warning, .trial, .stalled { --level: var(--warn); }
+.bad, .down { --level: var(--bad); }
 #old { border: 2px dashed var(--bad); color: var(--bad); }
 .aged #figures, .aged #headline { opacity: 0.6; }
 button { font: inherit; padding: 0.25rem 0.9rem; }
-a { color: var(--link); }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+:focus-visible { outline: 3px solid; outline-offset: 2px; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.5rem; margin: 0; }
 dl div { padding: 0.4rem 0.7rem; background: var(--soft); }
 dt, th, .two { color: var(--dim); font-size: 0.8125rem; }
@@ -2682,11 +2710,11 @@ dd, td div { margin: 0; white-space: pre-line; }
 table { width: 100%; border-collapse: collapse; }
 th { text-align: left; font-weight: 600; white-space: nowrap; }
 th, td { padding: 0.5rem 0.6rem 0.5rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td:first-child { min-width: 10rem; }
 td .list { white-space: pre; }
+.words { grid-template-columns: 5rem minmax(0, 1fr); gap: 0.25rem; }
 .two::first-line { font-size: 0.9375rem; font-weight: 600; color: var(--text); }
-.up .state::first-line { color: var(--good); }
-.trial .state::first-line, .stalled .state::first-line { color: var(--warn); }
-.down .state::first-line { color: var(--bad); }
+.state::first-line { color: var(--level); }
 svg { display: block; width: 15rem; max-width: 100%; height: 3rem; background: var(--soft); }
 .answers { fill: var(--bars); }
 .failed { fill: var(--bad); }
@@ -2697,11 +2725,9 @@ svg { display: block; width: 15rem; max-width: 100%; height: 3rem; background: v
   tr { margin-bottom: 1rem; padding: 0.5rem 0.75rem; border: 1px solid var(--line); }
   td { display: grid; grid-template-columns: 7rem minmax(0, 1fr); padding: 0.2rem 0; border: 0; }
   td::before { content: attr(data-label); color: var(--dim); font-size: 0.8125rem; }
-  svg { grid-column: 2; }
+  td > * { grid-column: 2; }
 }
 </style>
-</head>
-<body>
 <header>
 <h1>hapolicy <span id="program"></span></h1>
 <span id="updated"></span>
@@ -2713,14 +2739,26 @@ svg { display: block; width: 15rem; max-width: 100%; height: 3rem; background: v
 <p id="old" role="alert" hidden></p>
 <noscript><p>This page needs JavaScript; status.json, metrics and health, below, do not.</p></noscript>
 <div id="figures" hidden>
-<h2>Since the start</h2>
 <dl id="totals"></dl>
 <h2 id="services-title">Services</h2>
 <table role="table" aria-labelledby="services-title">
 <thead role="rowgroup"><tr role="row" id="columns"></tr></thead>
 <tbody role="rowgroup" id="services"></tbody>
 </table>
+<h2>Options in effect</h2>
+<dl id="options"></dl>
 </div>
+<h2>Words</h2>
+<dl class="words">
+<dt>check</dt><dd>a request of hapolicy's own, which each new connection has to answer before it carries mail</dd>
+<dt>up</dt><dd>the last check passed, or mail was answered: it gets mail</dd>
+<dt>down</dt><dd>it gets no mail until a check passes</dd>
+<dt>on trial</dt><dd>it answers checks, but mail failed: it gets a few mails at a time until one is answered</dd>
+<dt>stalled</dt><dd>mail is in flight and none is answered: new mail goes elsewhere, if another one is up</dd>
+<dt>full</dt><dd>it serves so many connections, and one more has to wait or is ended; it stays up</dd>
+<dt>single use</dt><dd>the server ends a connection after its answer, so each carries one request</dd>
+<dt>p99</dt><dd>what 99 of 100 queries took at most in the last minute; one without an answer counts, too</dd>
+</dl>
 </main>
 <footer><a href="status.json">status.json</a><a href="metrics">metrics</a><a href="health">health</a></footer>
 <script>
@@ -2733,35 +2771,28 @@ let states = '', loaded = '', paused = false, timer = 0;
 
 const COLUMNS = {
   'Service': service => `${service.name}\n${service.address}\nprio ${service.prio}, weight ${service.weight}`,
-  'State': service => `${look(service)}\n${service.text.replace('): ', ')\n')}`,
+  'State': service => `${look(service).replace('trial', 'on trial')}\n${service.text.replace('): ', ')\n')}`
+    + (service.last_failure && service.state !== 'down' ? `\nlast failure: ${service.last_failure}` : ''),
   'In flight': service => `${service.in_flight} / ${service.max}\n`
     + (service.full === null ? '' : `full: serves ${service.full} connections\n`)
-    + `${service.waiting} waiting\n${service.idle_connections} idle connections`,
-  'Requests/s': service => `${service.requests_per_second}\n`
-    + (service.share === null ? '' : `${(100 * service.share).toFixed(0)} % of answers`),
-  'Latency': service => ['p50', 'p95', 'p99'].map(name => name + latency(service[name])).join('\n'),
+    + `${service.waiting} waiting\n${service.idle_connections} idle connections, ${service.use}`,
+  'Requests/s': service => `${service.requests_per_second}\n${(100 * service.share).toFixed(0)} % of answers`,
+  'Latency': service => service.latency.join('\n'),
   'Answers': service => counts(service.verdicts),
   'Failures': service => counts(service.failures),
   'Last 10 min': service => `top ${Math.max(0, ...service.history.answers).toLocaleString()} answers in 5 s`,
 };
-const TOTALS = {
-  'Requests': data => data.requests.toLocaleString(),
-  'Default actions': data => `${counts(data.defaults)}\nit is '${data.default}'`,
-  'Clients': data => `${data.clients_connected} connected\n${data.clients.toLocaleString()} in all`,
-  'Refused input': data => counts(data.refused),
-  'Asked again': data => `next service ${data.redispatches.toLocaleString()}\n`
-    + `same service ${data.retries.toLocaleString()}`,
-  'Log lines lost': data => data.log_lines_lost.toLocaleString(),
-};
-function latency(seconds) {
-  if (seconds === null) return ' \u2013';
-  const text = seconds < 1 ? `${+(seconds * 1000).toPrecision(3)} ms` : `${seconds} s`;
-  return seconds < 100 ? ` \u2264 ${text}` : ' 100 s or more';
-}
-function counts(by) {
-  const lines = Object.entries(by).filter(pair => pair[1]).map(([name, count]) => `${name} ${count.toLocaleString()}`);
-  return lines.join('\n') || 'none';
-}
+const totals = data => ({
+  'Requests': data.requests.toLocaleString(),
+  'In flight': data.in_flight.toLocaleString(),
+  'Default actions': counts(data.defaults),
+  'Clients': `${data.clients_connected} connected\n${data.clients.toLocaleString()} in all`,
+  'Refused input': counts(data.refused),
+  'Asked again': `next service ${data.redispatches.toLocaleString()}\nsame service ${data.retries.toLocaleString()}`,
+  'Log lines lost': data.log_lines_lost.toLocaleString(),
+});
+const counts = by => Object.entries(by).filter(pair => pair[1])
+  .map(([name, count]) => `${name} ${count.toLocaleString()}`).join('\n') || 'none';
 // only what changed: a selection lives on
 const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 const set = (node, name, value) => { if (node.getAttribute(name) !== value) node.setAttribute(name, value); };
@@ -2783,9 +2814,15 @@ function make_row() {
   }
   return row;
 }
-function bars(values, from, height) {
-  return values.map((n, i) => n ? `M${120 - values.length + i} ${from}h1v${height(n)}h-1z` : '').join('');
+function show_tiles(list, texts) {
+  Object.entries(texts).forEach(([name, text], i) => {
+    const tile = list.children[i] || add(list, 'div');
+    put(tile.children[0] || add(tile, 'dt'), name);
+    put(tile.children[1] || add(tile, 'dd'), [text].flat().join('\n'));
+  });
 }
+const bars = (values, from, height) =>
+  values.map((n, i) => n ? `M${120 - values.length + i} ${from}h1v${height(n)}h-1z` : '').join('');
 function show_service(service, i) {
   const row = $('services').children[i] || make_row(), {answers, failed} = service.history;
   set(row, 'class', look(service));
@@ -2798,20 +2835,20 @@ function show_service(service, i) {
 function show(data) {
   data.services.forEach(show_service);
   while ($('services').children[data.services.length]) $('services').lastChild.remove();
-  Object.values(TOTALS).forEach((text, i) => put($('totals').children[i].lastChild, text(data)));
+  show_tiles($('totals'), totals(data));
+  show_tiles($('options'), data.options);
   put($('headline'), data.headline.text);
   set($('headline'), 'class', data.headline.level);
   const now = JSON.stringify([data.draining, data.services.map(look)]);
   if (states && now !== states) put($('spoken'), data.headline.text);  // said aloud when a state changes, not its age
   states = now;
   document.title = `${{ok: 'OK', warning: 'warning', bad: 'DOWN'}[data.headline.level]} - hapolicy`;
-  put($('program'), data.program);
+  put($('program'), `${data.program} on ${data.host}`);
   loaded = new Date().toLocaleTimeString();
   put($('updated'), `as of ${loaded}`);
   $('figures').hidden = false;
 }
 async function load() {
-  clearTimeout(timer);
   let failure = '';
   try {
     const answer = await fetch('status.json', {cache: 'no-store', signal: AbortSignal.timeout(5000)});
@@ -2836,15 +2873,8 @@ $('pause').addEventListener('click', () => {
   if (!paused) load();
 });
 for (const column of Object.keys(COLUMNS)) put(add($('columns'), 'th', {role: 'columnheader', scope: 'col'}), column);
-for (const name of Object.keys(TOTALS)) {
-  const tile = add($('totals'), 'div');
-  put(add(tile, 'dt'), name);
-  add(tile, 'dd');
-}
 load();
 </script>
-</body>
-</html>
 """
 
 

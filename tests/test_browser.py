@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.servers import checked
+from hapolicy_gevent import __version__
+from tests.servers import checked, processes
 from tests.status import StatusProxy
-from tests.support import Behaviour, Peer, ProxyProcess, echo, hang, hang_up, request, stubs, wait_until
+from tests.support import SCALE, Behaviour, Peer, ProxyProcess, echo, hang, hang_up, request, stubs, wait_until
 
 CHROMIUM, DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
 if not (CHROMIUM and DRIVER):
@@ -134,17 +137,47 @@ def test_a_service_goes_down_and_returns_before_ones_eyes(browser: Browser) -> N
         b.stop()
         browser.sees('B is down since')
         wait_until(lambda: 'down\nsince ' in row.text, 10, 'its state')
-        assert 's)\nits check: refused, connection refused\n' in row.text
-        assert '(for ' in browser.text and 'refused, connection refused. B failed 1 of ' in browser.text
+        assert ' ago)\nits check: refused, connection refused\n' in row.text
+        assert 'refused, connection refused. B failed 1 of ' in browser.text
         assert '0 requests got the default action' in browser.text
         assert browser.driver.title == 'warning - hapolicy'
         b.behaviour = echo
         b.start()
-        wait_until(lambda: 's)\nits check passed' in row.text, 20, 'up again, without a request')
+        wait_until(lambda: ' ago)\nits check passed\n' in row.text, 20, 'up again, without a request')
+        assert re.search(r'\nlast failure: .{15} \([\d.]+ m?s ago\): its check: refused, connection refused', row.text)
         browser.sees('2 of 2 services are up.')
         assert 'dropped 1' in row.text and 'ok 5' in row.text
         assert browser.run('window.loaded_once') is True
         assert browser.driver.find_element(By.ID, 'spoken').get_attribute('aria-live') == 'polite'
+
+
+def test_what_waits_and_what_is_silent_stand_on_the_page(browser: Browser) -> None:
+    with processes('AB') as (a, b), StatusProxy('-s', a.service, '-s', b.service + ':20') as proxy:
+        with proxy.client() as client:
+            client.ask(request())
+            a.pause()
+            started = time.monotonic()
+            client.send(request())
+            browser.open(proxy.url)
+            browser.sees('1 requests are in flight, the oldest for ')
+            wait_until(lambda: 'up\nwithout an answer since ' in browser.row(0), 10, 'its silence')
+            wait_until(lambda: 'stalled\nwithout an answer since ' in browser.row(0), 10, 'its stall')
+            assert time.monotonic() - started < 10 * SCALE
+            assert '1 / 100' in browser.row(0) and browser.driver.title == 'warning - hapolicy'
+            assert re.search(r'\np99 (6\.3|8|10|12\.5|16|20|25|31\.5) s\n', browser.row(0)), browser.row(0)
+            assert 'In flight\n1\n' in browser.text
+
+
+def test_the_page_says_where_it_runs_with_which_options_and_what_its_words_mean(browser: Browser) -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service, '--deadline=88.5', '-d', '451 wait') as proxy:
+        browser.open(proxy.url, 390)
+        assert browser.text.startswith(f'hapolicy {__version__} on {socket.gethostname()}\n')
+        for text in ('deadline\n88.5\n', 'default\n451 wait\n', f'listen\n127.0.0.1:{proxy.port}\n', 'stall\n5\n'):
+            assert text in browser.text
+        terms = browser.run('[...document.querySelectorAll(".words dt")].map(node => node.textContent)')
+        assert {'check', 'up', 'down', 'on trial', 'stalled', 'full', 'single use'} <= set(terms)
+        meanings = browser.driver.find_elements(By.CSS_SELECTOR, '.words dd')
+        assert len(meanings) == len(terms) and all(len(each.text) > 20 for each in meanings)
 
 
 def test_the_loss_of_the_proxy_is_told_and_a_new_one_is_found(browser: Browser) -> None:
@@ -237,8 +270,8 @@ def test_the_state_is_told_in_words_to_a_screen_reader(browser: Browser) -> None
             with proxy.client() as client:
                 client.send(request())
                 browser.open(proxy.url)
-                browser.sees('stalled')
-                assert browser.row(0).startswith('B') and 'stalled' in browser.row(0), 'in order of prio'
+                wait_until(lambda: '\nstalled\n' in browser.row(0), 10, 'the stall')
+                assert browser.row(0).startswith('B'), 'in order of prio'
                 roles = browser.run('[...document.querySelectorAll("#services tr:first-child > *")].map(e => e.role)')
                 assert roles == ['cell'] * 8
                 label = browser.run('document.querySelector("svg").getAttribute("aria-label")')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import subprocess
@@ -11,21 +10,18 @@ import time
 
 import pytest
 
-from hapolicy_gevent import Statistics, Tally, parse_service, summaries, verdict
+from hapolicy_gevent import verdict
 from tests.support import (
     MODULE,
     HangUp,
     Peer,
-    ProxyProcess,
     answer,
     attributes,
     echo,
     free_port,
     hang,
     hang_up,
-    request,
     reset,
-    slow,
     stubs,
     wait_until,
 )
@@ -141,57 +137,3 @@ def test_the_request_is_the_proxys_check_and_names_no_sender_and_no_recipient() 
 )  # fmt: skip
 def test_an_action_counts_as_what_it_does_to_the_mail(action: bytes, kind: str) -> None:
     assert verdict(action) == kind
-
-
-def test_quantiles_are_the_bounds_that_hold() -> None:
-    tally = Tally()
-    assert Tally.quantile(tally.read()[0], 0.5) is None
-    for _ in range(99):
-        tally.add((0.0011, b'DUNNO'))
-    tally.add((500, b'DUNNO'))
-    assert Tally.quantile(tally.read()[0], 0.5) == pytest.approx(0.00125)
-    assert Tally.quantile(tally.read()[0], 0.99) == pytest.approx(0.00125)
-    assert Tally.quantile(tally.read()[0], 0.999) == math.inf
-    assert tally.read()[2] == pytest.approx(99 * 0.0011 + 500)
-    assert list(Tally.BOUNDS) == sorted(Tally.BOUNDS)
-    for bound in (0.001, 0.002, 0.005, 0.1, 1, 10, 100):
-        assert any(math.isclose(bound, known) for known in Tally.BOUNDS)
-
-
-def test_a_summary_counts_since_the_last_and_is_silent_without_requests() -> None:
-    statistics, services = Statistics(), [parse_service('A=h:1'), parse_service('B=h:2')]
-    statistics.requests = 5
-    lines = summaries(statistics, services)
-    assert next(lines) == ''
-    statistics.requests += 3
-    statistics.answers += 2
-    statistics.defaults['deadline'] += 1
-    services[1].failures['refused'] += 4
-    services[0].tally.add((0.003, b'DUNNO'))
-    assert next(lines) == ('summary of 0s, requests: 3, answers: 2, defaults: 1, failures: 4,'
-                              ' p99: A 3.15 ms, B -')  # fmt: skip
-    assert next(lines) == ''
-
-
-def test_a_live_proxy_logs_summaries_while_there_are_requests() -> None:
-    with stubs(slow(0.05)) as (a,), ProxyProcess('--summary=0.5', '-s', a.service) as proxy:
-        with proxy.client() as client:
-            for _ in range(3):
-                client.ask(request())
-        proxy.logged('summary of ')
-        time.sleep(1.2)
-        counted = sum(int(number) for number in re.findall(r'summary of \S+ requests: (\d+)', proxy.log))
-        assert counted == 3
-        assert re.search(r'p99: A \d+(\.\d+)? ms\n', proxy.log)
-        silent = proxy.log.count('summary of')
-        time.sleep(1.2)
-        assert proxy.log.count('summary of') == silent, 'no requests, no summary'
-
-
-def test_no_summary_where_none_is_wanted() -> None:
-    with stubs(answer(b'action=DUNNO\n\n')) as (a,), ProxyProcess('--summary=0', '-s', a.service) as proxy:
-        with proxy.client() as client:
-            client.ask(request())
-            wait_until(lambda: 'serves up to' in proxy.log)
-            time.sleep(1)
-        assert 'summary of' not in proxy.log

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,21 @@ from pathlib import Path
 import pytest
 
 from hapolicy_gevent import Service, Statistics, SyslogSink, parse_service, printable, request_line
-from tests.support import MODULE, PostfixClient, ProxyProcess, echo, free_port, request, stubs, wait_until
+from tests.servers import checked, processes
+from tests.support import (
+    MODULE,
+    SCALE,
+    PostfixClient,
+    ProxyProcess,
+    answer,
+    echo,
+    free_port,
+    hang,
+    request,
+    slow,
+    stubs,
+    wait_until,
+)
 
 LINE = re.compile(
     r"\[A\] \(127\.0\.0\.1:\d+\), prio: 10, weight: 1, queries: \d+, answers: \d+, failed: 0, delay: \d\.\d{3}s, "
@@ -173,3 +188,83 @@ def test_a_log_line_cannot_be_forged_by_a_client() -> None:
         client.ask(request(sender='x\r[LOG warning]: forged\x1b[31m', instance='i1'))
         proxy.logged('i1')
         assert '\r' not in proxy.log and '\x1b' not in proxy.log and '\n[LOG warning]: forged' not in proxy.log
+
+
+@pytest.mark.slow
+def test_a_live_proxy_logs_summaries_while_there_are_requests() -> None:
+    with stubs(slow(0.05)) as (a,), ProxyProcess('--summary=0.5', '-s', a.service) as proxy:
+        with proxy.client() as client:
+            for _ in range(3):
+                client.ask(request())
+        proxy.logged('summary of ')
+        time.sleep(1.2)
+        counted = sum(int(number) for number in re.findall(r'summary of \S+ requests: (\d+)', proxy.log))
+        assert counted == 3
+        assert re.search(r'p99: A \d+(\.\d+)? ms\n', proxy.log)
+        silent = proxy.log.count('summary of')
+        time.sleep(1.2)
+        assert proxy.log.count('summary of') == silent, 'no requests, no summary'
+
+
+@pytest.mark.slow
+def test_no_summary_where_none_is_wanted() -> None:
+    with stubs(answer(b'action=DUNNO\n\n')) as (a,), ProxyProcess('--summary=0', '-s', a.service) as proxy:
+        with proxy.client() as client:
+            client.ask(request())
+            wait_until(lambda: 'serves up to' in proxy.log)
+            time.sleep(1)
+        assert 'summary of' not in proxy.log
+
+
+SUMMARY = re.compile(
+    r'summary of \d+s, requests: (\d+), answers: (\d+), defaults: 0, failures: (\d+), in flight: (\d+), '
+    r'oldest: (\S+ m?s|-), p99: (.*)'
+)
+
+
+@pytest.mark.slow
+def test_a_summary_says_what_waits_and_who_is_silent_soon_after_a_service_stalls() -> None:
+    with stubs(checked(hang), echo) as (a, b):
+        services = ['-s', a.service, '-s', b.service + ':20']
+        with ProxyProcess('--summary=3600', *services) as proxy, proxy.client() as client:
+            started = time.monotonic()
+            client.send(request())
+            proxy.logged('summary of', 12)
+            assert time.monotonic() - started < 10 * SCALE
+            proxy.logged(') is stalled: 1 requests in flight, no answer for 5')
+            found = SUMMARY.search(proxy.log)
+            assert found and found.groups()[:4] == ('1', '0', '0', '1'), proxy.log
+            waited = re.fullmatch(r'([\d.]+) s', found[5])
+            assert waited and 5 < float(waited[1]) < 10 * SCALE
+            assert re.fullmatch(r'A ([\d.]+) s \(silent for ([\d.]+) s\), B -', found[6]), found[6]
+            time.sleep(2)
+            assert proxy.log.count('summary of') == 1
+
+
+@pytest.mark.slow
+def test_summaries_go_on_while_a_request_waits() -> None:
+    with stubs(checked(hang)) as (a,), ProxyProcess('--summary=0.5', '-s', a.service) as proxy:
+        client = proxy.client()
+        client.send(request())
+        wait_until(lambda: len(SUMMARY.findall(proxy.log)) >= 4, 20, 'summaries')
+        requests, answers, failures, in_flight, oldest, p99 = SUMMARY.findall(proxy.log)[3]
+        assert (requests, answers, failures, in_flight) == ('0', '0', '0', '1')
+        assert re.fullmatch(r'[\d.]+ s', oldest) and re.fullmatch(r'A [\d.]+ s \(silent for [\d.]+ s\)', p99)
+        client.close()
+
+
+@pytest.mark.slow
+def test_a_service_is_no_longer_stalled_when_it_has_answered_and_not_before() -> None:
+    with processes('A') as (a,), ProxyProcess('-s', a.service + f':::{1.5 * SCALE:g}', '--stall=0.5') as proxy:
+        with proxy.client() as client:
+            assert client.ask_own() == 'A'
+            a.pause()
+            assert client.ask_own() == 'default'
+            proxy.logged('is stalled')
+            proxy.logged('failed: timeout')
+            time.sleep(3)
+            assert 'no longer stalled' not in proxy.log, 'its query has failed, and nothing is in flight'
+            a.process.send_signal(signal.SIGCONT)
+            proxy.logged('is no longer stalled')
+            assert client.ask_own() == 'A'
+        assert proxy.log.count('is stalled') == proxy.log.count('is no longer stalled') == 1

@@ -277,9 +277,9 @@ def test_the_first_command_shows_the_faults_and_nothing_else() -> None:
 
 def test_the_documented_metrics_are_those_that_are_there() -> None:
     pytest.importorskip('prometheus_client')
-    documented = set(re.findall(r'hapolicy_[a-z_]+', section('Metrics')))
+    documented = set(re.findall(r'hapolicy_[a-z_0-9]+', section('Metrics')))
     with PolicyServerStub(answer(b'action=DUNNO\n\n')) as server, StatusProxy('-s', server.service) as proxy:
-        exported = set(re.findall(r'^# TYPE (hapolicy_[a-z_]+)', proxy.fresh('/metrics'), re.MULTILINE))
+        exported = set(re.findall(r'^# TYPE (hapolicy_[a-z_0-9]+)', proxy.fresh('/metrics'), re.MULTILINE))
     assert documented == exported
 
 

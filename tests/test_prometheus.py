@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers import checked
+from tests.servers import checked, processes
 from tests.status import StatusProxy
 from tests.support import ROOT, SCALE, answer, echo, free_port, hang_up, request, slow, stubs, wait_until
 
@@ -105,6 +105,26 @@ def test_prometheus_reads_what_was_counted(tmp_path: Path) -> None:
             wait_until(lambda: server.alerts() == {'HapolicyServiceDown'}, 10, 'the alert')
 
 
+@needs_prometheus
+def test_prometheus_sees_within_seconds_what_hangs(tmp_path: Path) -> None:
+    with processes('AB') as (a, b), StatusProxy('-s', a.service, '-s', b.service + ':20') as proxy:
+        with prometheus(tmp_path, proxy.status_port) as server, proxy.client() as client:
+            client.ask(request())
+            wait_until(lambda: server.query('hapolicy_service_p99_seconds') != {}, 30, 'the first scrape')
+            assert server.query('hapolicy_in_flight') == {'': 0} and server.query('hapolicy_service_stalled')['A'] == 0
+            a.pause()
+            started = time.monotonic()
+            client.send(request())
+            wait_until(lambda: server.query('hapolicy_service_stalled') == {'A': 1, 'B': 0}, 20, 'the stall')
+            assert time.monotonic() - started < 10 * SCALE
+            assert server.query('hapolicy_in_flight') == {'': 1}
+            assert server.query('hapolicy_oldest_request_seconds')[''] > 5
+            for name in ('silent', 'p99'):
+                found = server.query(f'hapolicy_service_{name}_seconds')
+                assert found['A'] > 5 and found['B'] == 0, (name, found)
+            assert server.query('hapolicy_service_up') == {'A': 1, 'B': 1}
+
+
 @needs_promtool
 def test_promtool_finds_no_fault_in_the_metrics() -> None:
     with stubs(echo, answer(b'action=reject\n\n')) as (a, b), StatusProxy('-s', a.service, '-s', b.service) as proxy:
@@ -126,9 +146,9 @@ def test_promtool_takes_the_alerts() -> None:
 def test_alerts_and_dashboard_name_metrics_that_exist() -> None:
     with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
         text = proxy.fresh('/metrics')
-    exported = set(re.findall(r'^(hapolicy_[a-z_]+)', text, re.MULTILINE))
+    exported = set(re.findall(r'^(hapolicy_[a-z_0-9]+)', text, re.MULTILINE))
     for file in ('prometheus-alerts.yml', 'grafana-dashboard.json'):
-        named = set(re.findall(r'hapolicy_[a-z_]+', (ROOT / 'contrib' / file).read_text()))
+        named = set(re.findall(r'hapolicy_[a-z_0-9]+', (ROOT / 'contrib' / file).read_text()))
         assert named and named <= exported, named - exported
 
 
