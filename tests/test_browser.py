@@ -294,7 +294,7 @@ def test_picture(browser: Browser) -> None:
             browser.cdp('Emulation.setDeviceMetricsOverride', width=1200, height=picture_height(browser),
                         deviceScaleFactor=1, mobile=False)  # fmt: skip
             browser.driver.save_screenshot(os.environ['STATUS_PICTURE'])
-            assert Path(os.environ['STATUS_PICTURE']).stat().st_size < 150_000
+            assert Path(os.environ['STATUS_PICTURE']).stat().st_size < 250_000
 
 
 def picture_height(browser: Browser) -> int:
