@@ -756,8 +756,7 @@ def escaped(text: str) -> str:
 
 
 #: How the attributes begin that are logged of a request, in the ancestor's order and spelling.
-LOGGED = [b'\n' + name + b'=' for name in
-          (b'client_name', b'client_address', b'helo_name', b'sender', b'recipient', b'instance')]  # fmt: skip
+LOGGED = [b'\n%b=' % name for name in b'client_name client_address helo_name sender recipient instance'.split()]
 
 
 def request_line(decision: Decision, request: bytes, delay: float) -> str:
@@ -787,8 +786,7 @@ class StreamSink(NamedTuple):
     def write(self, lines: list[Line]) -> list[Line]:
         """Write lines; return those that are lost."""
         heads = {level: f'{level_mark(level)}[LOG {name}]: ' for level, name in LEVELS.items()}
-        text = ''.join([f'{heads[level]}{text}\n' for level, text in lines])
-        data = text.encode('utf-8', 'backslashreplace')
+        data = ''.join([f'{heads[level]}{text}\n' for level, text in lines]).encode('utf-8', 'backslashreplace')
         with contextlib.suppress(OSError):
             while data:  # in a thread, as its reader may stop reading
                 data = data[gevent.get_hub().threadpool.apply(os.write, (self.fd, data)) :]
@@ -2048,8 +2046,7 @@ class Proxy:
             if pool.stalled(now):
                 if service not in self.stalled:
                     self.stalled[service] = now - self.silence(pool, now)
-                    pool.report(f'is stalled: {len(pool.busy)} requests in flight,'
-                                f' no answer for {duration(self.silence(pool, now))}')  # fmt: skip
+                    pool.report(f'is stalled: {len(pool.busy)} requests in flight, no answer for {service.stall:g}s')
             elif service.heard_at > self.stalled.get(service, math.inf) + service.stall:
                 del self.stalled[service]
                 pool.report('is no longer stalled')
@@ -2123,9 +2120,8 @@ class Status:
         import hashlib
         import json
 
-        self._proxy, self._options, self._log = proxy, options, log
+        self._proxy, self._options, self._log, self._started = proxy, options, log, time.monotonic()
         dumps = functools.partial(json.dumps, allow_nan=False, default=printable)
-        self._started = time.monotonic()
         self._pools = sorted(proxy.pools.values(), key=lambda pool: pool.service.prio)
         self._samples = deque([sample(proxy)], maxlen=SAMPLES)
         install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
@@ -2212,12 +2208,11 @@ class Status:
             **{name: getattr(service, name) for name in ('name', 'prio', 'weight', 'timeout', 'max', 'state', 'why',
                                                          'queries', 'answers', 'failed', 'failures')},
             'address': service.where, 'text': text, 'since': unix(service.since), 'use': pool.use,
-            'verdicts': service.tally.read()[1],
             'up': service.state is not DOWN and pool.admits(0, now),  # or on trial, and a mail may try it
-            'stalled': stalled, 'silent': round(silent, 3), 'full': pool.checker.full or None,
-            'last_failure': f'{ago(failure[0])}: {failure[1]}' if failure else None,
-            'in_flight': len(pool.busy), 'waiting': pool.wanting, 'checks': len(pool.checker.running),
-            'idle_connections': len(pool.idle) + len(pool.held),
+            'stalled': stalled, 'silent': round(silent, 3), 'verdicts': service.tally.read()[1],
+            'full': pool.checker.full or None, 'last_failure': f'{ago(failure[0])}: {failure[1]}' if failure else None,
+            'in_flight': len(pool.busy), 'idle_connections': len(pool.idle) + len(pool.held),
+            'waiting': pool.wanting, 'checks': len(pool.checker.running),
             'requests_per_second': round((answered + failed) / max(1.0, seconds), 2),  # of the first moments as of one
             'share': round(answered / total, 4) if total else None,
             **slow, 'latency': [f'{name} {duration(bound)}' for name, bound in slow.items()],
@@ -2274,10 +2269,8 @@ METRICS: Sequence[tuple[str, str, str, list[str]]] = (
     *(('Gauge', f'service_{name}', name.removesuffix('_seconds'), ['service'])
       for name in ('up', 'stalled', 'full', 'max', 'in_flight', 'idle_connections', 'silent_seconds', 'p50_seconds',
                    'p95_seconds', 'p99_seconds')),
-    ('Gauge', 'in_flight', 'in_flight', []),
-    ('Gauge', 'oldest_request_seconds', 'oldest', []),
-    ('Gauge', 'clients', 'clients_connected', []),
-    ('Gauge', 'start_time_seconds', 'started', []),
+    *(('Gauge', name, field, []) for name, field in (('in_flight', 'in_flight'), ('oldest_request_seconds', 'oldest'),
+      ('clients', 'clients_connected'), ('start_time_seconds', 'started'))),
     ('Gauge', 'build_info', 'build_info', ['version']),
 )  # fmt: skip
 

@@ -231,7 +231,7 @@ def test_a_summary_says_what_waits_and_who_is_silent_soon_after_a_service_stalls
             client.send(request())
             proxy.logged('summary of', 12)
             assert time.monotonic() - started < 10 * SCALE
-            proxy.logged(') is stalled: 1 requests in flight, no answer for 5')
+            proxy.logged(') is stalled: 1 requests in flight, no answer for 5s')
             found = SUMMARY.search(proxy.log)
             assert found and found.groups()[:4] == ('1', '0', '0', '1'), proxy.log
             waited = re.fullmatch(r'([\d.]+) s', found[5])
