@@ -102,7 +102,7 @@ def test_prometheus_reads_what_was_counted(tmp_path: Path) -> None:
             b.stop()
             wait_until(lambda: server.query('hapolicy_service_up') == {'A': 1, 'B': 0}, 10, 'B down')
             assert server.query('hapolicy_failures_total{reason="refused"}') == {'A': 0, 'B': 0}, 'it got no mail'
-            wait_until(lambda: server.alerts() == {'HapolicyServiceDown'}, 10, 'the alert')
+            wait_until(lambda: server.alerts() == {'HapolicyServiceDown'}, 60, 'the alert')
 
 
 @needs_prometheus
