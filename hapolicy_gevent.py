@@ -973,23 +973,21 @@ def connect_failure(error: OSError, family: int) -> ServiceFailure:
     return ServiceFailure(UNREACHABLE, error.strerror or str(error))
 
 
-def connector(address: Address, seconds: float, report: Callable[[str], None]) -> Callable[[], socket.socket]:
-    """Return what connects to a service's address, within so many seconds."""
-    family, host, port = address
-    if family == socket.AF_UNSPEC or (family == socket.AF_INET6 and '%' in host):
-        return HostName(address, seconds, report).connect
-    return functools.partial(connect, family, host if family == socket.AF_UNIX else (host, port), seconds)
+class Connector:
+    """Connects to a service's address: the one that failed last comes last, where it has several.
 
-
-class HostName:
-    """The name in a service's address: looked up anew for new connections; while that fails, what it was last.
-
-    One lookup at a time: a name server that hangs keeps one of gevent's threads busy for each name, not all.
+    A name is looked up anew for new connections; while that fails, it is what it was last. One lookup at a time: a name
+    server that hangs keeps one of gevent's threads busy for each name, not all.
     """
 
     def __init__(self, address: Address, seconds: float, report: Callable[[str], None]) -> None:
+        family, host, port = address
         self._address, self._seconds, self._report = address, seconds, report
-        self._known: list[tuple[int, Any]] = []  # families and socket addresses, the one that failed last is last
+        self._named = family == socket.AF_UNSPEC or (family == socket.AF_INET6 and '%' in host)
+        #: Families and socket addresses.
+        self._known: list[tuple[int, Any]] = [(family, host if family == socket.AF_UNIX else (host, port))]
+        if self._named:
+            self._known = []
         self._trouble = ''
         self._lookup: Any = None
         self._began = 0.0  # when the lookup did (monotonic seconds)
@@ -1009,23 +1007,27 @@ class HostName:
     def connect(self) -> socket.socket:
         """Return a socket connected to the first address that takes it. Raises OSError."""
         now = time.monotonic()
-        if self._lookup is None or self._lookup.ready():
+        if self._named and (self._lookup is None or self._lookup.ready()):
             self._lookup, self._began = gevent.spawn(self._look_up), now
-        self._lookup.join(max(0.0, self._began + LOOKUP - now))
+        if self._named:
+            self._lookup.join(max(0.0, self._began + LOOKUP - now))
         failure = None if self._known else OSError(errno.EHOSTUNREACH, self._trouble or 'it is not looked up in time')
         for address in list(self._known):
             try:
                 return connect(*address, self._seconds / len(self._known))
             except (OSError, gevent.Timeout, gevent.GreenletExit) as error:
-                if address in self._known:
-                    self._known.remove(address)
-                    self._known.append(address)
+                if self._known[:1] == [address]:
+                    self.rotate()
                 if not isinstance(error, OSError):  # the query is over, or the check
                     raise
                 # one that was too slow may be well: the mildest that can be said
                 failure = error if failure is None or isinstance(error, TimeoutError) else failure
         assert failure is not None
         raise failure
+
+    def rotate(self) -> None:
+        """Take the next address first: the first cannot be connected to, or fails its check."""
+        self._known = self._known[1:] + self._known[:1]
 
 
 #: What Postfix asks of smtpd_client_restrictions, with all attributes of Postfix 3.12: no sender and no recipient, so
@@ -1059,7 +1061,7 @@ class Connection(Wire):
         self.since = self.idle_since = now  # when its last request was sent, and when it was answered
         self.expires = now + MAX_AGE
         self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
-        self.used = False  # it answered something, its check at least
+        self.used = 0  # how many answers it gave, that to its check included
         self.spent = ''  # why it is not to be used again: ENDED, or SURPLUS
         self.holder: Client | None = None  # whose message was answered by it last, and may ask more
         #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: it may be taken again before the
@@ -1074,7 +1076,7 @@ class Connection(Wire):
         pool = self.pool
         pool.trace('Opening socket to')
         try:
-            sock = pool.connect()
+            sock = pool.connector.connect()
         except OSError as error:
             raise connect_failure(error, pool.service.address.family) from None
         super().__init__(sock)
@@ -1082,7 +1084,7 @@ class Connection(Wire):
         poller.register(sock.fileno(), select.POLLIN | select.POLLRDHUP)
         self.poll = poller.poll
         pool.trace('Connection established to')
-        if pool.use is SINGLE_USE and time.monotonic() < pool.once_until and (said := self.listen(QUIET)):
+        if pool.checker.heard_more and (said := self.listen(QUIET)):
             raise ServiceFailure(DROPPED if said is ENDED else INVALID, 'it hung up, or spoke, before it was asked')
 
     def ask(self, request: bytes, now: float, left: float = math.inf) -> bytes:
@@ -1108,7 +1110,7 @@ class Connection(Wire):
                 if not chunk:
                     continue
                 if (plain := PLAIN_ANSWER(chunk)) is not None and not self._data:  # nearly always
-                    self.used = True
+                    self.used += 1
                     return plain[1]
                 if (answer := self._take_in(chunk)) is not None:
                     return answer
@@ -1165,7 +1167,8 @@ class Connection(Wire):
         if answer is None:
             return None
         action, more = answer
-        self.used, self.spent = True, SURPLUS if more else self.spent
+        self.used += 1
+        self.spent = SURPLUS if more else self.spent
         return action
 
     def check(self, left: float = math.inf) -> tuple[str, bytes]:
@@ -1198,9 +1201,12 @@ class Connection(Wire):
     def look(self) -> str:
         """Return what came that nobody asked for: ENDED, SURPLUS, or '' for nothing, or for empty lines."""
         try:
-            while data := self._recv(RECEIVE):
+            for _ in range(2):
+                if not (data := self._recv(RECEIVE)):
+                    return ENDED
                 if data.strip(LINE_ENDS):
                     return SURPLUS
+            return SURPLUS  # of empty lines
         except BlockingIOError:
             return ''
         except OSError:
@@ -1260,6 +1266,7 @@ class Checker:
         self.running: dict[Connection, Any] = {}  # each check and its greenlet
         self.at_once = pool.service.max  # checks at once, or mails of single use: fewer while the service is full
         self.full = 0  # how many connections it served when it was found full; 0: it is not
+        self.heard_more = False  # the last check had more than its answer: perhaps it speaks before it is asked
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
         self._began = self._failed_at = -math.inf  # the last check, and the last that failed (monotonic seconds)
@@ -1300,18 +1307,22 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if self._pauses(now):
             return
+        waits = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
         if pool.service.state is DOWN:
             if not self.enabled:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
                 return pool.service.turn(TRIAL, 'mail may try it', now)
-            number = 1
+            if waits and not pool.queue.balancer.up:  # the eldest waits on: a server that was stopped answers it
+                self.stop(next(iter(self.running)))
+            number = 1 + (waits and not pool.queue.balancer.up)
         elif not self.enabled:
             return
         else:
-            waits = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
             single = pool.use is SINGLE_USE and not running  # full: perhaps no longer
             more = more or self._due(now) or ((waits or single) and pool.wanting > 0)
             number = min(max(pool.wanting if pool.use is CHECKED else 0, running + more), self.at_once + waits)
+        if waits:
+            pool.connector.rotate()
         for _ in range(min(number - len(self.running), pool.room)):
             self._began = now
             check = Connection(pool, now)
@@ -1340,17 +1351,20 @@ class Checker:
             return
         pool = self.pool
         self._failed_at, self.backoff, self.reason = -math.inf, BACKOFF_FIRST, ''
-        self.at_once = min(self.at_once + (1 if pool.use is SINGLE_USE else self.at_once), pool.service.max)
+        single = said != '' or now < pool.once_until
+        if single and pool.use is CHECKED:  # as many at once as were answered; and once proves little: soon again
+            self.at_once = 1 + sum(other.used > 0 for other in self.running)
+            self._began = now - UNHEARD + BACKOFF_FIRST
+        else:
+            self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
         self.full = self.full if self.at_once < pool.service.max else 0
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
-        if said and pool.use is CHECKED:  # once proves little: the next check is due in a second
-            self._began = now - UNHEARD + BACKOFF_FIRST
-        pool.use = SINGLE_USE if said else CHECKED
+        pool.use, self.heard_more = SINGLE_USE if single else CHECKED, said is SURPLUS
         pool.give_up_at = min(pool.give_up_at, now + pool.give_up_pace)
         pool.service.check_passed(now)
-        if not said:
+        if not single:
             pool.idle.append(check)
         pool.queue.hand_over(pool, now)
 
@@ -1360,6 +1374,7 @@ class Checker:
             return
         pool, service, reason = self.pool, self.pool.service, failure.reason
         self._failed_at = check.since
+        pool.connector.rotate()
         served = pool.look() or any(other.used for other in self.running)
         if reason not in JUDGED:  # a fault of ours
             pool.report(f'cannot be checked: {failure}')
@@ -1373,9 +1388,9 @@ class Checker:
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
         elif (service.heard_at > check.since) if reason is LATE else served:
-            self._limit(f'{reason}, {failure}')
+            self.limit(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
-        elif (reason not in (DROPPED, INVALID)  # else those that began with it are to tell
+        elif (reason is LATE  # else those that began with it are to tell
               or not any(0 <= check.since - other.since <= UNANSWERED for other in self.running)):  # fmt: skip
             self.reason = reason
             service.turn(DOWN, f'its check: {reason}, {failure}', now)
@@ -1387,15 +1402,20 @@ class Checker:
 
     def lower(self) -> None:
         """Allow fewer at once, as one was hung up on: mails, where the service is single use, else checks."""
-        self.at_once = max(1, min(len(self.pool.busy), self.at_once) - 1) if self.pool.use is SINGLE_USE else 1
+        busy = len(self.pool.busy)
+        if self.pool.use is not SINGLE_USE:
+            self.at_once = 1
+        elif busy:  # else nobody took its place
+            self.at_once = max(1, min(busy, self.at_once) - 1)
 
-    def _limit(self, why: str) -> None:
+    def limit(self, why: str) -> None:
         """Note that no more connections are served than are now."""
         self.lower()
         if any(check.used for check in self.running):
             return  # they are to be counted, too
         pool, known = self.pool, self.full
-        self.full = max(1, pool.open)
+        served = sum(each.used > 0 for each in (*pool.idle, *pool.held, *pool.busy))
+        self.full = max(1, pool.look() if pool.use is SINGLE_USE else served)
         if not known and self.full < pool.service.max:
             pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
                         f' set its max to {self.full}, or give it more workers')  # fmt: skip
@@ -1405,7 +1425,7 @@ class Checker:
         check = next((check for check in self.running if not check.used), None)  # the eldest
         if (check is not None and self.pool.service.newest - check.since > UNANSWERED
                 and (not self.full or len(self.running) > 2)):  # fmt: skip
-            self._limit(f'no answer for {now - check.since:.1f}s')
+            self.limit(f'no answer for {now - check.since:.1f}s')
             self.stop(check)
         self.grow(now)
 
@@ -1428,8 +1448,7 @@ class Pool:
         self.busy: dict[Connection, None] = {}  # the longest busy first
         self.give_up_at = math.inf  # when a connection is given up: not before a check passed since the last
         self.once_until = 0.0  # until when each connection carries one mail, as the server said more than an answer
-        #: Returns a socket connected to the service. Raises OSError.
-        self.connect = connector(service.address, min(CONNECT_TIMEOUT, service.timeout), self.report)
+        self.connector = Connector(service.address, min(CONNECT_TIMEOUT, service.timeout), self.report)
         self.checker = Checker(self, checked)
 
     @property
@@ -1529,6 +1548,8 @@ class Pool:
         current = self.busy.pop(connection, self) is None  # and not from before the service went down
         self.service.answered(action, connection.since, current, now)
         connection.idle_since = now
+        if self.use is SINGLE_USE and not (self.checker.full or self.checker.running):  # more at once with each answer
+            self.checker.at_once = min(self.checker.at_once + 1, self.service.max)
         if connection.spent:
             reuse = False
             if connection.spent is SURPLUS:
@@ -1587,10 +1608,17 @@ class Pool:
 
     def said_more(self, what: str, now: float) -> None:
         """Use each connection for one mail only, for a while: the server said more than an answer."""
-        self._close(*self.idle, *self.held)
         if now >= self.once_until:
             self.report(f'sent {what}: for {ONCE:.0f}s each of its connections is used once')
         self.once_until = now + ONCE
+        self.use_once()
+
+    def use_once(self) -> None:
+        """Use each connection for one mail only, until a check tells otherwise; as many at once as are open now."""
+        if self.use is CHECKED:
+            self.use, self.checker.at_once = SINGLE_USE, max(1, self.open)
+            self.checker.stop()
+        self._close(*self.idle, *self.held)
 
     def prune(self, now: float) -> None:
         """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker.
@@ -1909,19 +1937,19 @@ class Proxy:
 
     def _query(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
         """Pass on the answer of one service; return its action. Raises ServiceFailure, ClientFault."""
-        pool, retried = connection.pool, False
-        connection.user = client.user
+        pool, retried, used = connection.pool, False, 0
         try:
             while True:
                 pool.service.queries += 1
+                connection.user = client.user
                 try:
                     action = connection.ask(request, connection.since, deadline - connection.since)
                     break
                 except ServiceFailure as fault:
-                    single = pool.use is SINGLE_USE and fault.reason is DROPPED
+                    single = pool.use is SINGLE_USE and fault.reason in (DROPPED, REFUSED)
                     if retried or not (single or isinstance(fault, Ended)):
                         raise
-                    retried = True
+                    retried, used = True, connection.used
                     self.statistics.retries += 1
                     connection = self._retry(connection, client, deadline)
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
@@ -1936,25 +1964,31 @@ class Proxy:
         now, gone = time.monotonic(), client.ended
         client.answer(action)  # first: what follows would be a tenth of the latency that we add
         client.connection, connection.holder = connection, client if client.instance else None
+        if used == 1:  # what ended had answered its check alone
+            pool.use_once()
         # a client that had hung up may never read this: nothing more on that connection
         pool.answered(connection, action, not gone, now)
         return action
 
     def _retry(self, connection: Connection, client: Client, deadline: float) -> Connection:
-        """Return a connection to the same service, in place of one that had ended. Raises ServiceFailure."""
+        """Return what is to carry a request to the same service, in place of a connection that ended.
+
+        A new one, on its place: the first answer on that is its own. If the service is full, the next that comes free.
+        Raises ServiceFailure.
+        """
         pool, now = connection.pool, time.monotonic()
-        if pool.use is SINGLE_USE:  # perhaps it has a limit: fewer at once, and in line
+        if connection.used and not pool.checker.full:
+            connection.reopen()
+            return connection
+        pool.busy.pop(connection, None)
+        if not connection.used:  # single use, and perhaps it has a limit: a check is to tell
             pool.checker.lower()
-            pool.give_back(connection, unused=False)
-            others = [other for other in self.pools.values() if other is not pool]
-            if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
-                raise Ended(DROPPED, 'it hung up without an answer, and then took no other connection')
-            return found
-        connection.reopen()
-        if not pool.unchecked and connection.check(deadline - now)[0]:
-            raise Ended(DROPPED, 'it ended behind the answer to its check')
-        connection.since = time.monotonic()
-        return connection
+            pool.checker.grow(now, more=True)
+        pool.give_back(connection, unused=False)
+        others = [other for other in self.pools.values() if other is not pool]
+        if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
+            raise Ended(DROPPED, 'it ended without an answer, and no other connection came free')
+        return found
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,
                       tried: Sequence[Pool]) -> Decision:  # fmt: skip

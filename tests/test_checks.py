@@ -584,6 +584,36 @@ def test_i2_what_a_server_says_before_it_is_asked_is_no_answer() -> None:
         assert not a.requests
 
 
+@pytest.mark.parametrize('late', [0.02, 0.06, 0.2])
+def test_i2_where_every_second_answer_is_late_few_get_it(late: float) -> None:
+    with stubs(twice(late)) as (a,), ProxyProcess('-s', a.service) as proxy:
+        wrong = strangers(proxy, 6, 20)
+        assert wrong <= 6, 'at most one for each connection that passed its check'
+        proxy.logged('each of its connections is used once')
+        assert strangers(proxy, 6, 20) == 0
+
+
+def at_its_second_request(peer: Peer, message: bytes) -> None:
+    if peer.requests > 1:
+        raise HangUp
+    echo(peer, message)
+
+
+def some_time_later(peer: Peer, message: bytes) -> None:
+    echo(peer, message)
+    time.sleep(0.1)
+    raise HangUp
+
+
+@pytest.mark.parametrize('behaviour', [at_its_second_request, some_time_later])
+def test_a_server_that_answers_once_and_ends_the_connection_later_is_found_out(behaviour: Behaviour) -> None:
+    with stubs(behaviour) as (a,), ProxyProcess('-s', a.service) as proxy:
+        assert ask_all(proxy, 5, 20) == ['A'] * 100
+        retries = proxy.log.count(' answered after ')
+        assert ask_all(proxy, 5, 20) == ['A'] * 100
+        assert 'failed: ' not in proxy.log.replace('failed: 0', '') and retries == 0
+
+
 ODD: dict[str, tuple[bytes, str]] = {
     'one line end too many': (b'action=REJECT no\n\n\n', 'REJECT no'),
     'two line ends too many': (b'action=REJECT no\r\n\r\n\r\n', 'REJECT no'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -320,3 +321,17 @@ def test_unix_sockets_on_both_sides(tmp_path: object) -> None:
                 assert client.ask_own() == 'A'
             with proxy.client() as client:
                 assert client.ask_own() == 'A'
+
+
+def test_i6_a_server_that_sends_empty_lines_without_end_stalls_nobody() -> None:
+    def flood(peer: Peer, message: bytes) -> None:
+        echo(peer, message)
+        with contextlib.suppress(OSError):
+            while True:
+                peer.sock.sendall(b'\n' * 65536)
+        raise HangUp
+
+    with stubs(echo, flood) as (a, b), ProxyProcess('-s', a.service, '-s', b.service) as proxy:
+        began = time.monotonic()
+        assert set(ask_all(proxy, 4, 10)) == {'A', 'B'}
+        assert time.monotonic() - began < 5 * SCALE

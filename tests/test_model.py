@@ -69,8 +69,8 @@ class ModelConnection(Connection):
 
     __slots__ = ('dead',)
 
-    def __init__(self, pool: Pool, now: float) -> None:
-        super().__init__(pool, now)
+    def begin(self, now: float) -> None:
+        super().begin(now)
         self.dead = False
         self.poll = lambda timeout: [(0, 0x2001)] if self.dead else []  # POLLIN | POLLRDHUP
 
@@ -80,11 +80,12 @@ class ModelConnection(Connection):
     def ask(self, request: bytes, now: float, left: float = math.inf) -> bytes:
         """Stop the request until the model's server does something with it."""
         assert isinstance(self.pool.queue, ModelQueue)
-        return self.pool.queue.model.ask(self, min(left, self.pool.service.timeout))
-
-    def renew(self, left: float) -> None:
-        self.dead, self.used, self.spent = False, True, ''
-        self.since = self.pool.queue.model.clock.now  # type: ignore[attr-defined]
+        model = self.pool.queue.model
+        try:
+            return model.ask(self, min(left, self.pool.service.timeout))
+        except AssertionError as fault:  # the program would take it for a fault of its own
+            model.faults.append(fault)
+            raise
 
     def close(self) -> None:
         self.dead = True
@@ -186,6 +187,7 @@ class Model(RuleBasedStateMachine):
         self.again = False
         self.kinds: dict[Pool, str] = {}
         self.answered = 0
+        self.faults: list[AssertionError] = []
 
     @initialize(
         sizes=st.lists(
@@ -423,6 +425,11 @@ class Model(RuleBasedStateMachine):
         assert any(pool.service.state is UP for pool in self.pools)
 
     # -- what must hold
+
+    @invariant()
+    def nothing_was_asked_that_may_not_be(self) -> None:
+        if self.faults:
+            raise self.faults[0]
 
     @invariant()
     def bounds(self) -> None:

@@ -17,7 +17,7 @@ from hapolicy_gevent import (
     Address,
     ClientFault,
     Connection,
-    HostName,
+    Connector,
     Log,
     Pool,
     Proxy,
@@ -28,10 +28,12 @@ from hapolicy_gevent import (
 from tests.servers import FewAtATime
 from tests.support import (
     SCALE,
+    Behaviour,
     Peer,
     ProxyProcess,
     echo,
     hang,
+    hang_up,
     in_threads,
     new_instance,
     request,
@@ -239,7 +241,7 @@ def test_a_client_that_leaves_while_an_address_is_connected_to_says_nothing_of_i
 
     monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
     monkeypatch.setattr(socket, 'getaddrinfo', addresses)
-    name = HostName(Address(socket.AF_UNSPEC, 'x', 1), 5, lambda _: None)
+    name = Connector(Address(socket.AF_UNSPEC, 'x', 1), 5, lambda _: None)
     with pytest.raises(ClientFault):
         name.connect()
     with pytest.raises(gevent.Timeout):
@@ -247,3 +249,24 @@ def test_a_client_that_leaves_while_an_address_is_connected_to_says_nothing_of_i
     for _ in range(2):
         name.connect().close()
     assert tried == ['127.0.0.1', '127.0.0.1', '127.0.0.2', '127.0.0.2']
+
+
+@pytest.mark.parametrize('behaviour', [hang, hang_up])
+def test_the_next_address_of_a_name_is_taken_where_the_first_fails_its_check(
+    behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(family: int, where: tuple[str, int], seconds: float) -> socket.socket:
+        sock = gevent.socket.socket(family)
+        sock.connect(('127.0.0.1', (sick if where[0] == '127.0.0.2' else well).port))
+        return sock
+
+    with stubs(behaviour, echo) as (sick, well):
+        monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
+        monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: [
+            (socket.AF_INET, 0, 0, '', (host, 1)) for host in ('127.0.0.2', '127.0.0.1')
+        ])  # fmt: skip
+        (pool,) = Proxy([parse_service('N=x:1:::2')], b'dunno', b'dunno', 90, quiet_log()).pools.values()
+        give_up = time.monotonic() + 20 * SCALE
+        while not pool.idle and time.monotonic() < give_up:
+            gevent.sleep(0.05)
+        assert pool.idle and pool.service.state == 'up' and sick.checks and well.checks

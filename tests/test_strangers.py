@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.support import (
     PostfixClient,
     ProxyProcess,
     answer,
+    attributes,
     echo,
     hang,
     hang_up,
@@ -177,3 +179,25 @@ def test_mail_that_a_server_fails_at_while_its_check_passes_takes_it_down_beside
             a.behaviour = echo
             assert {client.ask_own() for _ in range(10)} == {'A', 'B'}
             proxy.logged('[A] (' + a.service[2:] + ') is up: mail was answered')
+
+
+def test_i9_mail_that_is_hung_up_on_and_then_hangs_costs_no_other_its_answer() -> None:
+    seen: Counter[str] = Counter()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if attributes(message)['sender'] == 'evil':
+            seen[attributes(message)['instance']] += 1
+            if seen[attributes(message)['instance']] == 1:
+                raise HangUp
+            peer.hang()
+        time.sleep(0.05)
+        echo(peer, message)
+        raise HangUp  # so each connection is used once, and a request that is sent again waits in line
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::1') as proxy:
+        with GoodMail(proxy, 8, 0) as good, proxy.client() as stranger:
+            wait_until(lambda: len(good.servers) > 20)
+            for _ in range(3):
+                assert stranger.ask(request(sender='evil', instance=new_instance())) == 'dunno'
+        assert set(good.servers) == {'A'}
+        assert 'Internal error' not in proxy.log
