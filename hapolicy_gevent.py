@@ -26,7 +26,7 @@ Options:
   -v, --verbose           increase logging verbosity
   -L, --stdout            log to stdout, for debugging, do NOT use with postfix
   -h, --help              show this text
-  --version               show the version
+  --version               show the version, and whether the module is compiled
 
 Server options:
   --listen=WHERE          serve many clients: 127.0.0.1:10060, [::1]:10060 or
@@ -71,13 +71,13 @@ import itertools
 import math
 import os
 import re
-import resource
 import select
 import signal
 import socket
 import stat
 import sys
 import time
+import traceback
 import warnings
 from bisect import bisect_left
 from collections import Counter, deque
@@ -90,11 +90,6 @@ import gevent
 import gevent.event
 import gevent.socket
 from greenlet import getcurrent, greenlet
-
-with warnings.catch_warnings():
-    # docopt 0.6.2 makes newer Pythons warn when they compile it; under spawn(8) stderr is the client
-    warnings.simplefilter('ignore')
-    from docopt import DocoptExit, docopt
 
 __version__ = '2.1.0'
 
@@ -174,10 +169,6 @@ READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
 
 class UsageError(Exception):
     """The user's: the command line cannot be used. The text names option, value and what is allowed."""
-
-
-class ListenError(Exception):
-    """The system's: an address cannot be listened on."""
 
 
 class InvalidAnswer(Exception):
@@ -261,8 +252,7 @@ class RequestBuffer:
 
 def attribute(request: bytes, name: bytes) -> bytes:
     """Return the first value of an attribute, b'' if it is absent: 0.5 us against 7 us for a dict of all."""
-    value = (b'\n' + request).partition(b'\n' + name + b'=')[2].partition(b'\n')[0]
-    return value.removesuffix(b'\r')
+    return (b'\n' + request).partition(b'\n' + name + b'=')[2].partition(b'\n')[0].removesuffix(b'\r')
 
 
 def instance_of(request: bytes) -> bytes | None:
@@ -336,32 +326,32 @@ class Address(NamedTuple):
 
 @contextlib.contextmanager
 def blaming(what: str, allowed: str = '') -> Iterator[None]:
-    """Name what is at fault. Raises UsageError for what is not allowed there, ListenError for an OSError."""
+    """Name what is at fault. Raises UsageError for what is not allowed there, and OSError."""
     try:
         yield
     except (UsageError, InvalidAnswer) as error:
         raise UsageError(f'{what}: {error}; allowed is {allowed}') from None
     except OSError as fault:  # mypyc gives a name in a generator one type
-        raise ListenError(f'{what}: {fault.strerror or fault}') from None
+        raise OSError(f'{what}: {fault.strerror or fault}') from None
 
 
 def parse_number(text: str, what: str, low: int, high: int) -> int:
     """Return a whole number of ASCII digits in low..high. Raises UsageError."""
-    if not re.fullmatch('[0-9]{1,10}', text) or not low <= int(text) <= high:
+    if not (text.isascii() and text.isdigit() and low <= int(text[:11]) <= high):
         raise UsageError(f"{what} '{text}' is not a whole number from {low} to {high}")
     return int(text)
 
 
 def parse_seconds(text: str, what: str, low: float = 0.001) -> float:
     """Return a time in seconds, a day at most. Raises UsageError."""
-    if not re.fullmatch(r'[0-9]+(\.[0-9]*)?|\.[0-9]+', text) or not low <= float(text) <= 86400:
+    if not (text.isascii() and text.replace('.', '', 1).isdigit() and low <= float(text) <= 86400):
         raise UsageError(f"{what} '{text}' is not a number of seconds from {low:g} to 86400")
     return float(text)
 
 
 def parse_host(host: str) -> tuple[int, str]:
     """Return the family of a host as it is written, and the host without brackets. Raises UsageError."""
-    in_brackets = re.fullmatch(r'\[([^%]*)(%[A-Za-z0-9._-]+)?\]', host)
+    in_brackets = re.fullmatch(r'\[([^%]*)(%[A-Za-z0-9._-]+)?\]', host) if host[:1] == '[' else None
     with contextlib.suppress(OSError, ValueError):
         socket.inet_pton(socket.AF_INET6 if in_brackets else socket.AF_INET, in_brackets[1] if in_brackets else host)
         return (socket.AF_INET6, host[1:-1]) if in_brackets else (socket.AF_INET, host)
@@ -373,14 +363,12 @@ def parse_host(host: str) -> tuple[int, str]:
 def parse_address(text: str) -> tuple[Address, list[str]]:
     """Return the address at the head of `text`, and the fields behind it. Raises UsageError."""
     separator = ':' if text.startswith('unix:') else r':(?![^[]*\])'  # no colon in brackets
-    host, *fields = re.split(separator, text)
-    if not fields:
-        raise UsageError(f"'{text}' has no <address>:<port> (IPv4, [IPv6] or a host name) and is not unix:/path")
+    host, port, *fields = [*re.split(separator, text), '']
     if host == 'unix':
-        if not fields[0].startswith('/') or len(os.fsencode(fields[0])) > 107 or '\0' in fields[0]:
-            raise UsageError(f"unix socket '{fields[0]}' is not an absolute path of at most 107 bytes")
-        return Address(socket.AF_UNIX, fields[0], 0), fields[1:]
-    return Address(*parse_host(host), parse_number(fields[0], 'port', 1, 65535)), fields[1:]
+        if not port.startswith('/') or len(os.fsencode(port)) > 107 or '\0' in port:
+            raise UsageError(f"unix socket '{port}' is not an absolute path of at most 107 bytes")
+        return Address(socket.AF_UNIX, port, 0), fields
+    return Address(*parse_host(host), parse_number(port, 'port', 1, 65535)), fields
 
 
 class Settings:
@@ -2346,8 +2334,8 @@ def parse_action(text: str, option: str) -> bytes:
 def parse_listen(text: str, option: str) -> Address:
     """Return the address that an option gives to listen on. Raises UsageError."""
     with blaming(f"{option} '{text}'", '<IPv4>:<port>, [<IPv6>]:<port> or unix:/path'):
-        address, rest = parse_address(text)
-        if rest or address.family == socket.AF_UNSPEC:
+        address, _ = parse_address(text)
+        if address.family == socket.AF_UNSPEC or str(address) != text:
             raise UsageError('a name, or more than an address')
         return address
 
@@ -2378,34 +2366,32 @@ PARSERS: dict[str, Callable[[str, str], Any]] = {
 
 def parse_command_line(argv: Sequence[str]) -> SimpleNamespace:
     """Return the options' values by name. Raises UsageError; SystemExit after --help and --version."""
+    from docopt import DocoptExit, docopt
+
+    version = f'hapolicy {__version__} ({"compiled" if __file__.endswith(".so") else "not compiled"})'
     try:
-        given: dict[str, Any] = docopt(__doc__, list(argv), version=f'hapolicy {__version__}')
+        given: dict[str, Any] = docopt(__doc__, list(argv), version=version)
     except DocoptExit as error:
-        reason = str(error).partition('\n')[0]  # or, where docopt gives none, the usage
-        raise UsageError(f'{misused(argv) if reason == "Usage:" else reason}; see hapolicy --help') from None
+        reason = str(error).partition('\n')[0]
+        if reason == 'Usage:':  # docopt gives none
+            known = {word: word.partition('=')[0] if word[:2] == '--' else word[:2] for word in argv if word[:1] == '-'}
+            unknown = [word for word, name in known.items() if f' {name}' not in __doc__]
+            reason = (f"unknown option '{unknown[0]}'" if unknown else f"cannot use '{' '.join(argv)}': a word is no "
+                      'option (quote values with blanks, and give each option its value)')  # fmt: skip
+        raise UsageError(f'{reason}; see hapolicy --help') from None
     for option, parse in PARSERS.items():
         values = [parse(text, option) for text in given[option]]
-        given[option] = values if option in ('--service', '--listen') else values[-1] if values else None
+        given[option] = values if option in ('--service', '--listen') else (values or [None])[-1]
     options = SimpleNamespace(**{name.lstrip('-').replace('-', '_'): value for name, value in given.items()})
     names = [service.name for service in options.service]
     if not names:
         raise UsageError('no --service given: at least one -s <name>=<address>:<port> is needed')
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"--service '{twice[0]}' is given twice: each name is allowed once")
-    if options.status in options.listen:
-        raise UsageError(f"--status '{options.status}' is the address of a --listen: it needs one of its own")
     for service in options.service:
         service.fall, service.stall = options.fall, options.stall
     options.failed = options.failed or options.default
     return options
-
-
-def misused(argv: Sequence[str]) -> str:
-    """Return which word of a command line docopt could not place."""
-    names = {word: word.partition('=')[0] if word.startswith('--') else word[:2] for word in argv if word[:1] == '-'}
-    unknown = next((word for word, name in names.items() if f' {name}' not in __doc__), None)
-    return (f"unknown option '{unknown}'" if unknown else
-            f"cannot use '{' '.join(argv)}': a word is no option (quote values with blanks)")  # fmt: skip
 
 
 def is_client(fd: int) -> bool:
@@ -2415,11 +2401,10 @@ def is_client(fd: int) -> bool:
 
 def complain(text: str) -> None:
     """Report what ends the start: one line on stderr, or in syslog where stderr is the client."""
-    text = printable(os.fsencode(text))
     if is_client(2):
-        SyslogSink().write([(WARNING, text)])
+        SyslogSink().write([(WARNING, escaped(text))])
     else:
-        os.write(2, f'{level_mark(ERROR)}hapolicy: {text}\n'.encode('utf-8', 'backslashreplace'))
+        os.write(2, f'{level_mark(ERROR)}hapolicy: {escaped(text)}\n'.encode())
 
 
 def make_log(options: SimpleNamespace, server: bool) -> Log:
@@ -2437,11 +2422,8 @@ def report_error(log: Log, context: object, kind: Any, value: Any, trace: Any) -
     """Log what gevent would print on stderr: an accept() that failed, or an error of ours."""
     if hasattr(context, 'do_read') and isinstance(value, OSError):  # a StreamServer
         log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
-        return
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f'{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}' if trace is not None else '-'
-    log(WARNING, f'Internal error at {where}: {kind.__name__}: {value}')
+    else:
+        log(WARNING, escaped('Internal error: ' + ''.join(traceback.format_exception(kind, value, trace))))
 
 
 def check_service(service: Service) -> tuple[Service, str, str]:
@@ -2462,7 +2444,7 @@ def check_service(service: Service) -> tuple[Service, str, str]:
 
 
 def check_services(services: Sequence[Service]) -> int:
-    """Ask all services at once; print a line for each as it comes; return the exit status. Raises ListenError."""
+    """Ask all services at once; print a line for each as it comes; return the exit status. Raises OSError."""
     names, addresses = max(len(each.name) for each in services), max(len(each.where) for each in services)
     status = 0
     for check in gevent.iwait([gevent.spawn(check_service, service) for service in services]):
@@ -2475,7 +2457,7 @@ def check_services(services: Sequence[Service]) -> int:
 
 
 def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
-    """Return the listening sockets of --status and of all --listen. Raises ListenError.
+    """Return the listening sockets of --status and of all --listen. Raises OSError.
 
     With --reuse-port another process goes on there if anything fails: paths are moved, and ports opened, last.
     """
@@ -2490,8 +2472,7 @@ def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
         undo.pop_all()
     for address, sock in opened.items():
         if address.family == socket.AF_UNIX:
-            with blaming(f"{wanted[address]} '{address}'"):
-                os.rename(sock.getsockname(), address.host)
+            os.rename(sock.getsockname(), address.host)
     return opened
 
 
@@ -2511,35 +2492,31 @@ def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
             connect(socket.AF_UNIX, address.host).close()
             raise OSError('Address already in use')
     sock = socket.socket(socket.AF_UNIX)
-    beside = os.path.join(os.path.dirname(address.host), f'.{os.urandom(4).hex()}')
-    sock.bind(beside)
-    os.chmod(beside, mode)
+    sock.bind(os.path.join(os.path.dirname(address.host), f'.{os.urandom(4).hex()}'))
+    os.chmod(sock.getsockname(), mode)
     sock.listen(backlog)
     return sock
 
 
 def inherited_listeners() -> dict[Address, socket.socket]:
-    """Return the sockets handed over by systemd (sd_listen_fds(3)). Raises UsageError, ListenError."""
-    if os.environ.get('LISTEN_PID') != str(os.getpid()):
-        return {}
+    """Return the sockets handed over by systemd (sd_listen_fds(3)). Raises UsageError, OSError."""
+    count = os.environ.get('LISTEN_FDS', '0') if os.environ.get('LISTEN_PID') == str(os.getpid()) else '0'
     listeners = {}
-    for fd in range(3, 3 + parse_number(os.environ.get('LISTEN_FDS', '0'), 'LISTEN_FDS', 0, 1000)):
+    for fd in range(3, 3 + parse_number(count, 'LISTEN_FDS', 0, 1000)):
         with blaming(f'descriptor {fd}, from systemd: allowed is ListenStream= with Accept=no'):
             sock = socket.socket(fileno=fd)
             if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise OSError('it is not listening')
-            name: Any = sock.getsockname()
-            host, port = (name, 0) if sock.family == socket.AF_UNIX else name[:2]
+            host, port = (sock.getsockname(), 0) if sock.family == socket.AF_UNIX else sock.getsockname()[:2]
             listeners[Address(sock.family, os.fsdecode(host), port)] = sock
     return listeners
 
 
 def notify(state: str) -> None:
     """Send our state to systemd, if it asked for that (sd_notify(3))."""
-    path = os.environ.get('NOTIFY_SOCKET', '')
-    if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-            sock.sendto(state.encode(), '\0' + path[1:] if path.startswith('@') else path)
+    path = re.sub('^@', '\0', os.environ.get('NOTIFY_SOCKET', ''))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.sendto(state.encode(), path)
 
 
 def client_limit(options: SimpleNamespace, log: Log) -> int:
@@ -2548,6 +2525,8 @@ def client_limit(options: SimpleNamespace, log: Log) -> int:
     Each service may need its max of connections; the rest is for clients, and half at least. A further one could not
     be answered.
     """
+    import resource
+
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):  # the kernel's own limit (fs.nr_open) may be lower
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -2555,7 +2534,7 @@ def client_limit(options: SimpleNamespace, log: Log) -> int:
     # 16 for listeners, log, epoll, checks and lookups
     room = limit - 16 - (STATUS_CONNECTIONS + 1 if options.status is not None else 0)
     carried: int = max(1, room - sum(service.max for service in options.service), room // 2)
-    if (asked := options.max_clients or 0) > carried:
+    if (asked := options.max_clients or carried) > carried:
         log(WARNING, f"--max-clients '{asked}' is more than the descriptor limit of {limit} carries: {carried} it is")
     return min(asked or carried, carried)
 
@@ -2580,12 +2559,10 @@ def stop_signal() -> gevent.event.Event:
 
 def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) -> bool:
     """Serve the one client on stdin and stdout; return False if its answers could not all be given."""
-    if stat.S_ISCHR(os.fstat(0).st_mode):  # a terminal, or the /dev/null of a unit without its --listen
-        log(NOTICE, 'Without --listen and sockets of systemd one client is served, on stdin')
-    served: Any  # handle() returns nothing
     if is_client(1):
-        served = gevent.spawn(proxy.handle, socket.socket(fileno=os.dup(0)))
+        served: Any = gevent.spawn(proxy.handle, socket.socket(fileno=os.dup(0)))
     else:  # files, pipes or terminals cannot be waited for in the loop: threads copy from and to them
+        log(NOTICE, 'Without --listen and sockets of systemd one client is served, on stdin')
         sock, far = socket.socketpair()
         for fd in (0, 1, far.fileno()):
             os.set_blocking(fd, True)
@@ -2596,9 +2573,9 @@ def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) 
         served.rawlink(lambda _: far.shutdown(socket.SHUT_RDWR))
     gevent.wait([served, stop], count=1)
     give_up = time.monotonic() + grace
-    drained = proxy.drain(grace)
+    proxy.drain(grace)
     gevent.wait([served], max(0.0, give_up - time.monotonic()))
-    return drained and served.successful() and served.value is not False
+    return served.successful() and served.value is not False
 
 
 def copy(source: int, target: int) -> bool:
@@ -2659,6 +2636,7 @@ def protect_client() -> None:
     """See that nothing but answers reaches descriptors 0 to 2, which may be the client."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # one that was closed would become a listener, and then get the log
         pass
+    warnings.simplefilter('ignore')  # as of docopt 0.6.2, where newer Pythons compile it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until stop_signal() takes it: a traceback could go to the client
 
 
@@ -2675,13 +2653,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check_services(options.service)
         listeners = inherited_listeners()
         ours = [*listeners, *options.listen]
-        for service in options.service:
-            if service.address in ours:  # it would ask itself, until all wait for all
-                raise UsageError(f"--service '{service.name}': {service.where} is where hapolicy itself listens")
-        if options.status is not None and not ours:
-            raise UsageError(f"--status '{options.status}' needs --listen: of many processes on stdin one would get it")
+        if own := [service for service in options.service if service.address in ours]:  # till all would wait for all
+            raise UsageError(f"--service '{own[0].name}': {own[0].where} is where hapolicy itself listens")
+        if options.status and (not ours or options.status in ours):
+            raise UsageError(f"--status '{options.status}' needs --listen, and an address of its own")
         listeners.update(open_listeners(options))
-    except (UsageError, ListenError) as error:
+    except (UsageError, OSError) as error:
         complain(str(error))
         return 2 if isinstance(error, UsageError) else 1
     status = listeners.pop(options.status, None)

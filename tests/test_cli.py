@@ -74,8 +74,6 @@ def run(*arguments: str, stdin: bytes = b'') -> subprocess.CompletedProcess[byte
         (['-s', 'a=h:1', '-d', '451', 'later'], 'quote values with blanks'),
         (['-s', 'a=h:1', '--logging=yes'], '--logging must not have an argument'),
         (['-s', 'a=h:1', '--s=x'], '--s is not a unique prefix'),
-        (['-s'], '-s requires argument'),
-        (['--listen'], '--listen requires argument'),
     ],
 )
 def test_a_mistake_ends_the_start_with_one_line_and_status_2(arguments: list[str], said: str) -> None:
@@ -84,6 +82,17 @@ def test_a_mistake_ends_the_start_with_one_line_and_status_2(arguments: list[str
     assert done.stdout == b''
     lines = done.stderr.decode().splitlines()
     assert len(lines) == 1 and lines[0].startswith('hapolicy: ') and said in lines[0], lines
+
+
+OPTIONS = re.findall(r'^  (?:(-.), )?(--[a-z-]+)[ =][<A-Z]', hapolicy_gevent.__doc__ or '', re.MULTILINE)
+
+
+@pytest.mark.parametrize('option', sorted(name for pair in OPTIONS for name in pair if name))
+def test_each_option_without_its_value_is_named(option: str) -> None:
+    assert len(OPTIONS) > 11
+    done = run('-s', 'a=h:1', option)
+    assert (done.returncode, done.stderr.count(b'\n')) == (2, 1)
+    assert f'hapolicy: {option} requires argument' in done.stderr.decode()
 
 
 def test_an_address_that_cannot_be_listened_on_ends_the_start_with_status_1() -> None:
@@ -166,7 +175,7 @@ def test_without_syslog_one_at_a_terminal_sees_the_log() -> None:
 def test_help_and_version() -> None:
     assert run('--help').stdout.decode().strip() == (hapolicy_gevent.__doc__ or '').strip()
     assert run('-h').returncode == 0
-    assert run('--version').stdout.decode() == f'hapolicy {hapolicy_gevent.__version__}\n'
+    assert run('--version').stdout.decode() == f'hapolicy {hapolicy_gevent.__version__} (not compiled)\n'
 
 
 def test_readme_and_help_name_the_same_options() -> None:

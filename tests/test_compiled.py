@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import hapolicy_gevent
 from tests.support import ROOT
 
 #: The tests that run it as a process, and need no server of Debian's.
@@ -42,6 +43,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = installed / 'hapolicy'
     program.write_text(START.format(str(installed)))
     return program
+
+
+def test_the_compiled_module_says_so(compiled: Path) -> None:
+    done = subprocess.run([sys.executable, compiled, '--version'], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f'hapolicy {hapolicy_gevent.__version__} (compiled)\n', done
 
 
 def test_the_compiled_module_does_what_the_file_does(compiled: Path) -> None:

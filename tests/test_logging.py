@@ -12,10 +12,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hapolicy_gevent import Service, Statistics, SyslogSink, parse_service, printable, request_line
+from hapolicy_gevent import Service, Statistics, SyslogSink, parse_service, printable, report_error, request_line
 from tests.servers import checked, processes
 from tests.support import (
     MODULE,
@@ -81,6 +82,18 @@ def test_whatever_bytes_come_the_log_is_one_readable_line(value: bytes, text: st
 
 def test_statistics_read_as_a_line() -> None:
     assert str(Statistics()) == 'requests: 0, answers: 0, redispatches: 0, retries: 0, clients: 0, defaults: 0'
+
+
+def test_an_error_of_ours_is_one_line_with_its_traceback() -> None:
+    lines: list[tuple[int, str]] = []
+    log: Any = lambda level, text: lines.append((level, text))  # noqa: E731
+    try:
+        parse_service('\n')
+    except Exception:
+        report_error(log, None, *sys.exc_info())
+    [(level, line)] = lines
+    assert level == 4 and line.isprintable() and line.startswith('Internal error: Traceback')
+    assert 'in parse_service' in line and 'UsageError: ' in line
 
 
 @contextlib.contextmanager

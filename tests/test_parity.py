@@ -145,6 +145,11 @@ CASES = {
     'bundled with a value': Case(['-lvdREJECT', '-s', 'A={A}:'], ['REJECT'], servers=[None]),
     'long options': Case(['--logging', '--verbose', '--service=A={A}:'], ['DUNNO 1 A']),
     'long options cut short': Case(['--log', '--verb', '--def=REJECT', '--serv=A={A}:'], ['DUNNO 1 A']),
+    'flags given twice': Case(['-v', '-v', '-l', '-l', '-s', 'A={A}:'], ['DUNNO 1 A']),
+    'flags given twice in one word': Case(['-vv', '-llv', '-s', 'A={A}:'], ['DUNNO 1 A']),
+    'the last -d counts': Case(['-d', 'OK', '-s', 'A={A}:', '--default=x', '-dREJECT'], ['REJECT'], servers=[None]),
+    'an end of options': Case(['-s', 'A={A}:', '-d', 'REJECT', '--'], ['REJECT'], servers=[None]),
+    'a value that looks like an option': Case(['-s', 'A={A}:', '-d', '--'], ['--'], servers=[None]),
     'options in any order': Case(['-s', 'A={A}:', '-l', '-s', 'B={B}:20', '-d', 'x'], ['DUNNO 1 B'],
                                  servers=[None, echo]),
     # order and failover

@@ -63,6 +63,10 @@ def test_a_service_is_read(text: str, where: str, prio: int, weight: int, timeou
         ('a=h:1:1:1:inf', "timeout 'inf'"),
         ('a=h:1:1:1:1e3', "timeout '1e3'"),
         ('a=h:1:1:1:-3', "timeout '-3'"),
+        ('a=h:1:1:1:.', "timeout '.'"),
+        ('a=h:1:1:1:1.2.3', "timeout '1.2.3'"),
+        ('a=h:1:1:1:\u0663', 'timeout'),
+        ('a=h:' + 5000 * '9', 'is not a whole number from 1 to 65535'),
         ('a=h:1:1:1:1:0', "max '0'"),
         ('a=h:1:1:1:1:1:1', 'one field too many'),
         ('a=unix:p.sock', 'absolute path'),
@@ -101,7 +105,8 @@ def test_a_listen_address_is_taken(text: str) -> None:
     assert str(parse_listen(text, '--listen')) == text
 
 
-@pytest.mark.parametrize('text', ['', '10060', 'localhost:1', '127.0.0.1', '127.0.0.1:0', '1.2.3.4:5:6', 'unix:h'])
+@pytest.mark.parametrize('text', ['', '10060', 'localhost:1', '127.0.0.1', '127.0.0.1:0', '1.2.3.4:5:6', '1.2.3.4:5:',
+                                  'unix:h', 'unix:/h:', '[::1]:5:6'])  # fmt: skip
 def test_an_invalid_listen_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r'--listen.*allowed is'):
         parse_listen(text, '--listen')

@@ -668,7 +668,7 @@ def test_status_needs_listen_and_an_address_of_its_own() -> None:
     assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and b'needs --listen' in done.stderr
     where = f'127.0.0.1:{free_port()}'
     done = run('-s', 'a=h:1', f'--listen={where}', f'--status={where}', '--reuse-port')
-    assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and b'one of its own' in done.stderr
+    assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and b'an address of its own' in done.stderr
 
 
 def test_a_taken_status_address_ends_the_start_and_reuse_port_shares_it() -> None:
