@@ -2483,10 +2483,10 @@ def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
     """
     backlog = 1024  # a `postfix reload` brings all clients at once
     if address.family != socket.AF_UNIX:
-        return socket.create_server(address[1:], family=address.family, backlog=backlog, reuse_port=reuse)
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.stat(address.host).st_mode):
-            raise FileExistsError('a file that is no socket is there')
+        [(*_, where)] = socket.getaddrinfo(*address[1:], address.family, socket.SOCK_STREAM)  # the %scope as a number
+        return socket.create_server(where, family=address.family, backlog=backlog, reuse_port=reuse)
+    if os.path.exists(address.host) and not stat.S_ISSOCK(os.stat(address.host).st_mode):
+        raise FileExistsError('a file that is no socket is there')
     with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
         if not reuse:
             connect(socket.AF_UNIX, address.host).close()

@@ -104,10 +104,28 @@ def test_an_address_that_cannot_be_listened_on_ends_the_start_with_status_1() ->
         assert done.returncode == 1
         assert done.stderr.decode().count('\n') == 1
         assert where in done.stderr.decode() and 'Address already in use' in done.stderr.decode()
-    for where in ('192.0.2.1:10060', 'unix:/no/such/directory/s', f'unix:{MODULE}'):
+    for where in ('192.0.2.1:10060', '[fe80::1%nowhere]:1', 'unix:/no/such/directory/s', f'unix:{MODULE}'):
         done = run('-s', 'a=h:1', f'--listen={where}')
         assert (done.returncode, done.stderr.decode().count('\n')) == (1, 1), done.stderr
         assert where in done.stderr.decode()
+
+
+def link_local() -> str:
+    """Return an address of this machine that is valid at one interface alone, as getaddrinfo(3) takes it."""
+    for line in Path('/proc/net/if_inet6').read_text().splitlines():
+        digits, _, _, scope, flags, interface = line.split()
+        if scope == '20' and not int(flags, 16) & 0x40:  # not tentative
+            return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)) + f'%{interface}'
+    pytest.skip('this machine has no link-local address')
+
+
+def test_a_link_local_address_is_listened_on_at_its_interface() -> None:
+    host, port = link_local(), free_port()
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service, f'--listen=[{host}]:{port}') as proxy:
+        assert f'[{host}]:{port}' in proxy.log
+        with socket.create_connection((host, port), 20) as client:
+            client.sendall(ONE % b'i')
+            assert client.recv(1000) == b'action=DUNNO i A\n\n'
 
 
 def test_what_systemd_hands_over_is_checked(tmp_path: Path) -> None:
