@@ -48,6 +48,8 @@ Server options:
                           by HTTP: 127.0.0.1:10069, [::1]:10069 or unix:/path
   --summary=SECONDS       log a summary so often while there are requests,
                           0: never [default: 60]
+  --name=NAME             which of several hapolicys this is: the ident in syslog,
+                          the title of the status page [default: hapolicy]
   --check-services        ask each service once, tell what it answered, and end
 
 Signals:
@@ -783,29 +785,35 @@ class StreamSink(NamedTuple):
 
 
 class SyslogSink:
-    """Writes log lines to /dev/log as syslog(3) does: facility mail, ident hapolicy[pid]."""
+    """Writes log lines to /dev/log as syslog(3) does: facility mail, ident name[pid]."""
 
     PATH = '/dev/log'
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = 'hapolicy') -> None:
+        self._name = name
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.settimeout(1)  # a daemon that hangs: one line a second is given up
 
-    def _send(self, line: str) -> bool:
-        for _ in range(2):  # the second time to a daemon that was not there yet, or restarted
+    def _send(self, line: bytes) -> bool:
+        for kind in None, socket.SOCK_DGRAM, socket.SOCK_STREAM:  # the daemon may be a new one, or have the other kind
             try:
-                return self._socket.send(line.encode('utf-8', 'backslashreplace')) > 0
-            except TimeoutError:
+                if kind:
+                    self._socket = socket.socket(socket.AF_UNIX, kind)
+                    self._socket.settimeout(0)  # its backlog may be full
+                    self._socket.connect(self.PATH)
+                    self._socket.settimeout(1)
+                self._socket.sendall(line + b'\0' if self._socket.type == socket.SOCK_STREAM else line)
+                return True
+            except TimeoutError:  # a daemon that hangs: one line a second is given up
                 return False
             except OSError:
-                with contextlib.suppress(OSError):
-                    self._socket.connect(self.PATH)
+                continue
         return False
 
     def write(self, lines: list[Line]) -> list[Line]:
         """Send lines; return those that are lost."""
-        head = f'>{time.strftime("%b %e %H:%M:%S")} hapolicy[{os.getpid()}]: '
-        return [(level, text) for level, text in lines if not self._send(f'<{2 << 3 | level}{head}{text}')]
+        head = f'>{time.strftime("%b %e %H:%M:%S")} {self._name}[{os.getpid()}]: '
+        return [(level, text) for level, text in lines
+                if not self._send(f'<{2 << 3 | level}{head}{text}'.encode('utf-8', 'backslashreplace'))]  # fmt: skip
 
 
 class Log:
@@ -2268,13 +2276,14 @@ class Status:
         from prometheus_client import core
 
         data = self.data()
-        data['build_info'] = {data['program']: 1}
+        data['build_info'], data['name'] = {data['program']: 1}, data['options']['name']
         for kind, name, field, labels in METRICS:
             family = getattr(core, f'{kind}MetricFamily')(f'hapolicy_{name}', f'{field} in /status.json', labels=labels)
             for row in data['services'] if 'service' in labels else [data]:
                 values = row[field] if isinstance(row[field], dict) else {None: row[field]}
+                first = [row['name']] if {'service', 'name'}.intersection(labels) else []
                 for label, value in values.items():
-                    family.add_metric([text for text in (row.get('name'), label) if text], value or 0)
+                    family.add_metric([*first, *([label] if label else [])], value or 0)
             yield family
         seconds = core.HistogramMetricFamily('hapolicy_query_seconds', 'time to each answer', labels=['service'])
         for service in self._proxy.pools:
@@ -2293,7 +2302,7 @@ METRICS: Sequence[tuple[str, str, str, list[str]]] = (
                    'p95_seconds', 'p99_seconds')),
     *(('Gauge', name, field, []) for name, field in (('in_flight', 'in_flight'), ('oldest_request_seconds', 'oldest'),
       ('clients', 'clients_connected'), ('start_time_seconds', 'started'))),
-    ('Gauge', 'build_info', 'build_info', ['version']),
+    ('Gauge', 'build_info', 'build_info', ['name', 'version']),
 )  # fmt: skip
 
 
@@ -2340,12 +2349,15 @@ def parse_listen(text: str, option: str) -> Address:
         return address
 
 
-def parse_mode(text: str, option: str) -> int:
-    """Return the permissions that an octal number gives. Raises UsageError."""
-    if not re.fullmatch('0?[0-7]{3}', text):
-        raise UsageError(f"{option} '{text}' is not an octal number from 000 to 777")
-    return int(text, 8)
+def parse_word(text: str, option: str, pattern: str, allowed: str) -> str:
+    """Return a word that has this form. Raises UsageError."""
+    if not re.fullmatch(pattern, text):
+        raise UsageError(f"{option} '{text}' is not {allowed}")
+    return text
 
+
+#: What an action of access(5) begins with, if not with a reply code or a restriction.
+ACTIONS = {*VERDICT_OF, b'bcc', b'discard', b'filter', b'hold', b'info', b'redirect', b'relay', b'warn'}
 
 #: How the value of an option is read. The values of -s and --listen add up, of each other option the last one counts.
 PARSERS: dict[str, Callable[[str, str], Any]] = {
@@ -2354,7 +2366,8 @@ PARSERS: dict[str, Callable[[str, str], Any]] = {
     '--status': parse_listen,
     '--default': parse_action,
     '--failed': parse_action,
-    '--socket-mode': parse_mode,
+    '--socket-mode': lambda text, option: parse_word(text, option, '0?[0-7]{3}', 'an octal number from 000 to 777'),
+    '--name': lambda text, option: parse_word(text, option, '[A-Za-z0-9_.-]{1,32}', '1 to 32 letters, digits, -, _, .'),
     '--max-clients': lambda text, option: parse_number(text, option, 1, 10**6),
     '--fall': lambda text, option: parse_number(text, option, 1, 1000),
     '--stall': parse_seconds,
@@ -2408,14 +2421,13 @@ def complain(text: str) -> None:
 
 
 def make_log(options: SimpleNamespace, server: bool) -> Log:
-    """Return the log as asked for, with our errors; stdout and stderr are not used where they are the client."""
-    sinks: list[StreamSink | SyslogSink] = [SyslogSink(), *([StreamSink(2)] if server or os.isatty(2) else [])]
+    """Return the log as asked for; stdout and stderr are not used where they are the client."""
+    sinks: list[StreamSink | SyslogSink] = [SyslogSink(options.name)]
     if options.stdout and (server or not is_client(1)):
         sinks = [StreamSink(1)]
-    log = Log(*sinks, requests=options.logging > 0, verbose=options.verbose > 0)
-    hub: Any = gevent.get_hub()
-    hub.print_exception = functools.partial(report_error, log)
-    return log
+    elif server or os.isatty(2):
+        sinks.append(StreamSink(2))
+    return Log(*sinks, requests=options.logging > 0, verbose=options.verbose > 0)
 
 
 def report_error(log: Log, context: object, kind: Any, value: Any, trace: Any) -> None:
@@ -2466,7 +2478,7 @@ def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
     with contextlib.ExitStack() as undo:
         for address in sorted(wanted, key=lambda address: address.family != socket.AF_UNIX):
             with blaming(f"{wanted[address]} '{address}'"):
-                opened[address] = sock = open_listener(address, options.socket_mode, options.reuse_port > 0)
+                opened[address] = sock = open_listener(address, int(options.socket_mode, 8), options.reuse_port > 0)
             if address.family == socket.AF_UNIX:
                 undo.callback(os.unlink, sock.getsockname())
         undo.pop_all()
@@ -2536,16 +2548,21 @@ def client_limit(options: SimpleNamespace, log: Log) -> int:
     carried: int = max(1, room - sum(service.max for service in options.service), room // 2)
     if (asked := options.max_clients or carried) > carried:
         log(WARNING, f"--max-clients '{asked}' is more than the descriptor limit of {limit} carries: {carried} it is")
-    return min(asked or carried, carried)
+    return min(asked, carried)
 
 
-def limit_timeouts(services: Sequence[Service], deadline: float, log: Log) -> None:
-    """Leave each request time for a second service."""
-    for service in services if len(services) > 1 else []:
-        if service.timeout > deadline / 2:
+def review(options: SimpleNamespace, log: Log) -> None:
+    """Warn of what is allowed, but hardly meant; leave each request time for a second service."""
+    if os.geteuid() == 0:
+        log(WARNING, 'Started as root: run it as a user without privileges')
+    for action, option in {options.failed: '--failed', options.default: '--default'}.items():  # mostly the same
+        if action.split()[0].lower() not in ACTIONS and verdict(action) is OTHER:
+            log(WARNING, f"{option} '{printable(action)}' is no action of access(5), unless it names a restriction")
+    for service in options.service if len(options.service) > 1 else []:
+        if service.timeout > options.deadline / 2:
             log(WARNING, f'The timeout of {service.name}, {service.timeout:g}s,'
-                         f' is cut to half of --deadline {deadline:g}s')  # fmt: skip
-            service.timeout = deadline / 2
+                         f' is cut to half of --deadline {options.deadline:g}s')  # fmt: skip
+            service.timeout = options.deadline / 2
 
 
 def stop_signal() -> gevent.event.Event:
@@ -2664,7 +2681,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = listeners.pop(options.status, None)
     stop = stop_signal()
     log = make_log(options, bool(listeners))
-    limit_timeouts(options.service, options.deadline, log)
+    hub.print_exception = functools.partial(report_error, log)
+    review(options, log)
     proxy = Proxy(options.service, options.default, options.failed, options.deadline, log, checked=bool(listeners))
     if status is not None:
         options.listen, options.status = [*map(str, listeners)], str(options.status)
@@ -2846,7 +2864,7 @@ function show(data) {
   const now = JSON.stringify([data.draining, data.services.map(look)]);
   if (states && now !== states) put($('spoken'), data.headline.text);  // said aloud when a state changes, not its age
   states = now;
-  document.title = `${{ok: 'OK', warning: 'warning', bad: 'DOWN'}[data.headline.level]} - hapolicy`;
+  document.title = `${{ok: 'OK', warning: 'warning', bad: 'DOWN'}[data.headline.level]} - ${data.options.name}`;
   put($('program'), `${data.program} on ${data.host}`);
   loaded = new Date().toLocaleTimeString();
   put($('updated'), `as of ${loaded}`);
@@ -2864,7 +2882,7 @@ async function load() {
   }
   if (paused) return;
   put($('old'), `No answer from the proxy: this is of ${loaded || 'no time'}. (${failure})`);
-  if (failure) document.title = 'no answer - hapolicy';
+  if (failure) document.title = `no answer - ${document.title.split(' - ').pop()}`;
   $('old').hidden = !failure;
   document.body.className = failure && 'aged';
   clearTimeout(timer);

@@ -71,9 +71,9 @@ the policy must hold, set --default to '451 4.3.5 Policy is not available'; wher
 
 LOGGING
 
-Lines go to syslog, facility mail, ident hapolicy; no file is written, so there is nothing to rotate. With --logging
-each request is a line. A service that goes down, on trial, up or stalls, or is full, a failed query, a default action
-and a request that is too long are logged at level warning in any case:
+Lines go to syslog, facility mail, ident hapolicy or as --name has it; no file is written, so there is nothing to
+rotate. With --logging each request is a line. A service that goes down, on trial, up or stalls, or is full, a failed
+query, a default action and a request that is too long are logged at level warning in any case:
 
     journalctl -t hapolicy -p warning
 

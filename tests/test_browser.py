@@ -182,11 +182,13 @@ def test_the_page_says_where_it_runs_with_which_options_and_what_its_words_mean(
 
 def test_the_loss_of_the_proxy_is_told_and_a_new_one_is_found(browser: Browser) -> None:
     with stubs(echo) as (a,):
-        with StatusProxy('-s', a.service) as proxy:
+        with StatusProxy('-s', a.service, '--name=spf') as proxy:
             browser.open(proxy.url)
             assert 'No answer from the proxy' not in browser.text
+            assert 'name\nspf\n' in browser.text
+            assert browser.driver.title == 'OK - spf'
         browser.sees('No answer from the proxy: this is of ')
-        assert browser.driver.title == 'no answer - hapolicy'
+        assert browser.driver.title == 'no answer - spf'
         port = f'--status=127.0.0.1:{proxy.status_port}'
         with ProxyProcess('-s', a.service, port):
             wait_until(lambda: 'No answer' not in browser.text, 10, 'the new one')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -11,15 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hapolicy_gevent
+from hapolicy_gevent import parse_command_line, review
 from tests.servers import checked
 from tests.support import (
     ACTIVATED,
     MODULE,
     ROOT,
+    SCALE,
     Behaviour,
     ProxyProcess,
     answer,
@@ -72,6 +76,13 @@ def run(*arguments: str, stdin: bytes = b'') -> subprocess.CompletedProcess[byte
         (['-s', 'a=h:1', '-x'], "'-x'"),
         (['-s', 'a=h:1', 'word'], 'word'),
         (['-s', 'a=h:1', '-d', '451', 'later'], 'quote values with blanks'),
+        (['-d', '-s', 'a=h:1'], 'give each option its value'),
+        (['-s', 'a=h:1', '--listen', '-l'], "--listen '-l'"),
+        (['-s', 'a=h:1', '--', '-l'], "'-s a=h:1 -- -l': a word is no option"),
+        (['-s', 'a=h:1', '--name='], "--name '' is not 1 to 32 letters"),
+        (['-s', 'a=h:1', '--name=' + 33 * 'x'], "xx' is not 1 to 32 letters"),
+        (['-s', 'a=h:1', '--name=a b'], "--name 'a b' is not"),
+        (['-s', 'a=h:1', '--name=a[1]:'], "--name 'a[1]:' is not"),
         (['-s', 'a=h:1', '--logging=yes'], '--logging must not have an argument'),
         (['-s', 'a=h:1', '--s=x'], '--s is not a unique prefix'),
     ],
@@ -217,6 +228,47 @@ def test_options_may_be_repeated_and_the_last_value_counts() -> None:
         assert (done.stdout, done.returncode) == (b'action=defer later\n\n', 0), done
 
 
+def reviewed(*arguments: str) -> list[str]:
+    """Return what is logged at the start of these options."""
+    lines: list[str] = []
+    log: Any = lambda level, text: lines.append(f'{level} {text}')  # noqa: E731
+    review(parse_command_line(['-s', 'a=h:1', *arguments]), log)
+    return lines
+
+
+@pytest.mark.parametrize(
+    'action',
+    ['dunno', 'OK', 'Reject', 'REJECT 5.7.1 no', 'defer_if_permit x', '451 4.3.5 later', '550 no', 'PREPEND X-A: b',
+     'hold', 'DISCARD x', 'redirect a@example.org', 'bcc a@example.org', 'FILTER smtp:', 'WARN x', 'info x', 'relay',
+     'permit'],
+)  # fmt: skip
+def test_an_action_of_access_5_is_no_reason_to_warn(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, 'geteuid', lambda: 1000)
+    assert reviewed('-d', action, '--failed', action) == []
+
+
+@pytest.mark.parametrize('action', ['REJECTT', '250 2.0.0 fine', '4.7.1 later', '550-5.7.1 no', 'my_class', '-l'])
+def test_an_action_that_postfix_may_not_know_is_taken_with_a_warning(
+    action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, 'geteuid', lambda: 1000)
+    why = f"'{action}' is no action of access(5), unless it names a restriction"
+    assert reviewed('-d', action) == [f'4 --default {why}']
+    assert reviewed('-d', 'dunno', '--failed', action) == [f'4 --failed {why}']
+    assert reviewed('-d', action, '--failed', 'x') == [f"4 --failed {why.replace(action, 'x')}", f'4 --default {why}']
+
+
+def test_the_warnings_are_in_the_log_and_requests_are_answered() -> None:
+    done = run('-L', '-s', 'a=127.0.0.1:1', '-d', 'REJECTT', stdin=ONE % b'i')
+    assert b"[LOG warning]: --default 'REJECTT' is no action of access(5)" in done.stdout
+    assert b'action=REJECTT\n\n' in done.stdout and done.returncode == 0
+
+
+def test_a_start_as_root_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, 'geteuid', lambda: 0)
+    assert [line.partition(':')[0] for line in reviewed()] == ['4 Started as root']
+
+
 def test_under_systemd_a_mistake_has_its_level() -> None:
     command = [sys.executable, str(MODULE), '-s', 'nonsense']
     done = subprocess.run(command, capture_output=True, timeout=30, env={**os.environ, 'JOURNAL_STREAM': '8:1'})
@@ -294,14 +346,15 @@ def test_what_was_answered_is_passed_on_although_the_client_is_at_fault_after() 
 class Spawned:
     """The proxy as spawn(8) runs it: stdin, stdout and stderr are one socket."""
 
-    def __init__(self, *arguments: str, python: str = sys.executable) -> None:
+    def __init__(self, *arguments: str, program: tuple[str, ...] = (str(MODULE),),
+                 environment: dict[str, str] | None = None) -> None:  # fmt: skip
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(20)
         with theirs:
             fd = theirs.fileno()
             self.process = subprocess.Popen(
-                [python, str(MODULE), *arguments], stdin=fd, stdout=fd, stderr=fd,
-                env={'PATH': '/usr/bin:/bin', 'LANG': 'C'},
+                [sys.executable, *program, *arguments], stdin=fd, stdout=fd, stderr=fd, cwd=ROOT,
+                env={'PATH': '/usr/bin:/bin', 'LANG': 'C', **(environment or {})},
             )  # fmt: skip
 
     def ask(self, message: bytes) -> bytes:
@@ -358,6 +411,54 @@ def test_under_spawn_nothing_is_imported_that_is_not_needed() -> None:
             command, client = [sys.executable, '-c', code, '-s', a.service], theirs.fileno()
             done = subprocess.run(command, stdin=client, stdout=client, stderr=subprocess.PIPE, cwd=ROOT, timeout=30)
             assert ours.recv(1000) == b'action=DUNNO i A\n\n' and done.stderr == b'[]\n', done
+
+
+def test_i5_under_spawn_no_warning_of_python_reaches_the_client(tmp_path: Path) -> None:
+    """As of docopt 0.6.2, for which newer Pythons have one where it was not compiled at its installation."""
+    anew = {'PYTHONWARNINGS': 'always', 'PYTHONPYCACHEPREFIX': str(tmp_path)}
+    with stubs(echo) as (a,), Spawned('-s', a.service, environment=anew) as spawned:
+        assert spawned.ask(ONE % b'i') == b'action=DUNNO i A\n\n'
+        spawned.socket.shutdown(socket.SHUT_WR)
+        assert spawned.rest() == b''
+
+
+#: Runs the program with syslog at the path of its first argument.
+WITH_SYSLOG_AT = ('-c', 'import sys, hapolicy_gevent as h; h.SyslogSink.PATH = sys.argv.pop(1); sys.exit(h.main())')
+
+
+@pytest.mark.parametrize('kind', [socket.SOCK_DGRAM, socket.SOCK_STREAM])
+def test_under_spawn_syslog_has_why_a_start_failed(kind: int, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as syslog:
+        syslog.bind(str(tmp_path / 'log'))
+        if kind == socket.SOCK_STREAM:
+            syslog.listen()
+        with Spawned(str(tmp_path / 'log'), '-s', 'nonsense', program=WITH_SYSLOG_AT) as spawned:
+            assert spawned.rest() == b''
+            assert spawned.process.wait(10) == 2
+            syslog.settimeout(20)
+            said = (syslog.accept()[0] if kind == socket.SOCK_STREAM else syslog).recv(10000)
+    assert re.fullmatch(rb"<20>.{15} hapolicy\[\d+\]: --service 'nonsense': [^\0]+\0?", said), said
+    assert said.endswith(b'\0') is (kind == socket.SOCK_STREAM)
+
+
+@pytest.mark.parametrize('kind', [socket.SOCK_DGRAM, socket.SOCK_STREAM])
+def test_under_spawn_a_log_daemon_that_hangs_does_not_keep_a_failed_start(kind: int, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as syslog, contextlib.ExitStack() as after:
+        syslog.bind(str(tmp_path / 'log'))
+        if kind == socket.SOCK_STREAM:
+            syslog.listen(0)
+        for _ in range(2):  # a backlog of 0 holds one connection
+            other = after.enter_context(socket.socket(socket.AF_UNIX, kind))
+            other.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                other.connect(str(tmp_path / 'log'))
+                while kind == socket.SOCK_DGRAM:
+                    other.send(b'x')
+        started = time.monotonic()
+        with Spawned(str(tmp_path / 'log'), '-s', 'nonsense', program=WITH_SYSLOG_AT) as spawned:
+            assert spawned.rest() == b''
+            assert spawned.process.wait(10) == 2
+        assert time.monotonic() - started < 6 * SCALE
 
 
 @pytest.mark.parametrize('arguments', [[], ['-s', 'nonsense'], ['--frobnicate'], ['-s', 'a=h:1', '-d', '550']])

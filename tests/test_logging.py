@@ -97,10 +97,12 @@ def test_an_error_of_ours_is_one_line_with_its_traceback() -> None:
 
 
 @contextlib.contextmanager
-def daemon(path: str) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+def daemon(path: str, kind: int = socket.SOCK_DGRAM) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, kind) as sock:
         sock.bind(path)
         sock.settimeout(5)
+        if kind == socket.SOCK_STREAM:
+            sock.listen()
         try:
             yield sock
         finally:
@@ -115,6 +117,39 @@ def test_syslog_gets_facility_mail_and_our_ident(tmp_path: Path, monkeypatch: py
         line = log.recv(1000).decode()
         stamp = r'[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d'
         assert re.match(rf'<20>{stamp} hapolicy\[{os.getpid()}\]: caf\u00e9$', line), line
+
+
+def test_syslog_gets_the_name_of_this_hapolicy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
+    with daemon(str(tmp_path / 'log')) as log:
+        assert SyslogSink('spf-1').write([(4, 'x')]) == []
+        assert log.recv(1000).endswith(f' spf-1[{os.getpid()}]: x'.encode())
+
+
+def test_a_syslog_daemon_may_read_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As syslog(3) does: a NUL ends each line."""
+    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
+    sink = SyslogSink()
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_STREAM):  # it may be replaced, too
+        with daemon(str(tmp_path / 'log'), kind) as log:
+            assert sink.write([(4, 'one'), (6, 'two')]) == []
+            if kind == socket.SOCK_STREAM:
+                with log.accept()[0] as stream:
+                    lines = stream.recv(1000).split(b'\0')
+                assert lines.pop() == b''
+            else:
+                lines = [log.recv(1000), log.recv(1000)]
+            assert [line[:4] + line[-5:] for line in lines] == [b'<20>: one', b'<22>: two']
+
+
+def test_a_stream_that_nobody_reads_costs_a_second_for_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
+    with daemon(str(tmp_path / 'log'), socket.SOCK_STREAM):
+        sink, lines = SyslogSink(), [(6, 'x' * 8000)] * 100
+        started = time.monotonic()
+        while not sink.write(lines[:1]):
+            assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 10
 
 
 def test_a_syslog_daemon_that_restarts_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,13 +187,14 @@ def serve(*arguments: str, stderr: int | None = None) -> tuple[subprocess.Popen[
 @pytest.mark.needs_root
 def test_the_server_logs_to_dev_log_and_a_hung_daemon_delays_nobody(dev_log: socket.socket) -> None:
     with stubs(echo) as (a,):
-        process, port = serve('-l', '-s', a.service)
+        process, port = serve('-l', '-s', a.service, '--name=spf')
         try:
             with PostfixClient(port) as client:
                 assert client.ask(request(instance='i1')) == 'DUNNO i1 A'
-                lines = [dev_log.recv(10000).decode() for _ in range(2)]
-                assert 'serves up to' in lines[0]
-                assert LINE.search(lines[1]), lines
+                lines = [dev_log.recv(10000).decode() for _ in range(3)]
+                assert all(re.search(rf' spf\[{process.pid}\]: ', line) for line in lines), lines
+                assert 'Started as root' in lines[0] and 'serves up to' in lines[1]
+                assert LINE.search(lines[2]), lines
                 # from here nobody reads: the kernel takes a few, the queue 10,000, the rest is dropped
                 started = time.monotonic()
                 for _ in range(2000):

@@ -349,7 +349,7 @@ def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
 def test_every_metric_is_the_counter() -> None:
     with stubs(echo, answer(b'action=450 wait\n\n'), checked(hang_up)) as (a, b, c):
         services = [f'-s{each}' for each in (a.service, b.service, f'x"\\=127.0.0.1:{c.port}', REFUSED_SERVICE)]
-        with StatusProxy(*services, '--fall=1000') as proxy:
+        with StatusProxy(*services, '--fall=1000', '--name=spf') as proxy:
             ask(proxy, 30)
             with proxy.client() as client:
                 client.send(b'cut off')
@@ -359,7 +359,7 @@ def test_every_metric_is_the_counter() -> None:
     for name in ('requests', 'redispatches', 'retries', 'clients', 'log_lines_lost'):
         assert found[f'hapolicy_{name}_total', ()] == data[name], name
     assert found['hapolicy_clients', ()] == 0
-    assert found['hapolicy_build_info', (data['program'],)] == 1
+    assert found['hapolicy_build_info', ('spf', data['program'])] == 1
     for name in ('defaults', 'refused'):
         for reason, count in data[name].items():
             assert found[f'hapolicy_{name}_total', (reason,)] == count
