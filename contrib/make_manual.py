@@ -33,14 +33,18 @@ Ask each service once, and print what it answered:
 
 INTEGRATION
 
-Start it as a server, by a unit of systemd for example, as any user but root. Then ask it in main.cf, after
-reject_unauth_destination, and issue 'postfix reload':
+Start it as a server: its options stand in /etc/default/hapolicy, and 'systemctl enable --now hapolicy' starts it at the
+socket /var/spool/postfix/hapolicy/socket. Then ask it in main.cf, after reject_unauth_destination, and issue 'postfix
+reload'. The path in main.cf begins at Postfix's queue directory, which is / for a chrooted smtpd:
 
     smtpd_recipient_restrictions =
         permit_mynetworks,
         permit_sasl_authenticated,
         reject_unauth_destination,
-        check_policy_service inet:127.0.0.1:10060
+        check_policy_service unix:hapolicy/socket
+
+For each further policy of one host: /etc/default/hapolicy-NAME, 'systemctl enable --now hapolicy@NAME', and
+unix:hapolicy/NAME. With --listen=127.0.0.1:10060 it serves a port: inet:127.0.0.1:10060.
 
 Or let Postfix start a process for each client, as the Perl hapolicy was run. Enter this at the bottom of master.cf,
 with the leading blanks of the second line:
@@ -48,7 +52,7 @@ with the leading blanks of the second line:
     127.0.0.1:10060 inet    n       n       n       -       0       spawn
       user=nobody argv=/usr/local/bin/hapolicy -l -s GREY1=10.0.0.1:10023:10 -s GREY2=10.0.0.2:10023:20
 
-and this in main.cf, beside the lines above:
+and ask it by check_policy_service inet:127.0.0.1:10060, with this beside the lines above:
 
     127.0.0.1:10060_time_limit = 3600
 

@@ -62,7 +62,7 @@ in_flow_delay = 0s
 """
 
 MASTER_CF = """\
-127.0.0.1:{port} inet n - n - - smtpd
+127.0.0.1:{port} inet n - {chroot} - - smtpd
 pickup    unix  n - n 60   1 pickup
 cleanup   unix  n - n -    0 cleanup
 qmgr      unix  n - n 300  1 qmgr
@@ -128,10 +128,11 @@ class Postfix:
 
     `restrictions` are its smtpd_recipient_restrictions, `master` further lines of master.cf and
     `settings` further parameters of main.cf. `{directory}` in any of them is the instance's own
-    directory, which everybody may enter.
+    directory, which everybody may enter. With `chroot` smtpd sees its queue directory alone, as Debian has it.
     """
 
-    def __init__(self, restrictions: str = '', master: str = '', settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, restrictions: str = '', master: str = '', settings: Mapping[str, str] | None = None,
+                 chroot: bool = False) -> None:  # fmt: skip
         self.port = free_port()
         self._last_log = ''
         self.directory = Path(tempfile.mkdtemp(prefix='hapolicy-postfix-'))
@@ -143,6 +144,7 @@ class Postfix:
         main += ''.join(f'{name} = {value}\n' for name, value in (settings or {}).items())
         for name, text in (('main.cf', main), ('master.cf', MASTER_CF + master), ('header_checks', HEADER_CHECKS)):
             text = text.replace('{directory}', str(self.directory)).replace('{port}', str(self.port))
+            text = text.replace('{chroot}', 'y' if chroot else 'n')
             path = self.directory / 'etc' / name
             path.write_text(text)
             os.utime(path, (1e9, 1e9))  # Postfix waits 2 s for a file just written to be complete

@@ -7,6 +7,7 @@ as its user would start it. HAPOLICY_TEST_SCALE stretches every wait on a slow m
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What is tested; test_compiled.py has it run another program.
@@ -342,13 +343,18 @@ class ProxyProcess:
     """hapolicy_gevent.py as a process of its own, listening on 127.0.0.1, its log kept."""
 
     def __init__(self, *arguments: str, port: int = 0, python: str = sys.executable,
-                 before: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> None:  # fmt: skip
+                 before: tuple[str, ...] = (), environment: dict[str, str] | None = None,
+                 inherited: socket.socket | None = None, module: Path = MODULE) -> None:  # fmt: skip
         self.port = port or free_port()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        activated: dict[str, Any] = {}
+        if inherited is not None:
+            before, environment = (*before, python, '-c', ACTIVATED), {**(environment or {}), 'LISTEN_FDS': '1'}
+            activated = {'pass_fds': [3], 'preexec_fn': functools.partial(os.dup2, inherited.fileno(), 3)}
         self.process = subprocess.Popen(
-            [*before, python, str(MODULE), f'--listen=127.0.0.1:{self.port}', '-lL', *arguments],
+            [*before, python, str(module), f'--listen=127.0.0.1:{self.port}', '-lL', *arguments],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **(environment or {})}, **activated,
         )  # fmt: skip
         wait_until(lambda: 'serves up to' in self.log or self.process.poll() is not None, 60, 'the proxy serves')
         assert self.process.poll() is None, self.log

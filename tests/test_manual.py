@@ -104,24 +104,35 @@ def test_pip_installs_the_manual_page_from_a_source_package(tmp_path: Path) -> N
     assert (where / 'bin/hapolicy').exists()
 
 
+UNITS = ('hapolicy.service', 'hapolicy.socket', 'hapolicy@.service', 'hapolicy@.socket')
+
+
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
     if not shutil.which('systemd-analyze'):
         pytest.skip('systemd-analyze is not installed')
     program = tmp_path / 'hapolicy'
     program.write_text('#!/bin/sh\n')
     program.chmod(0o755)
-    shutil.copy(CONTRIB / 'hapolicy.socket', tmp_path)
-    unit = tmp_path / 'hapolicy.service'
-    text = (CONTRIB / 'hapolicy.service').read_text().replace('/usr/local/bin/hapolicy', str(program))
-    for changed in (text, text.replace('#   --status', '    --status')):
-        unit.write_text(changed)
-        done = run('systemd-analyze', 'verify', '--man=no', unit, tmp_path / 'hapolicy.socket')
-        assert (done.returncode, done.stdout) == (0, '')
+    for name in UNITS:
+        text = (CONTRIB / name).read_text().replace('/usr/local/bin/hapolicy', str(program))
+        (tmp_path / name).write_text(text)
+    instances = ('hapolicy.service', 'hapolicy.socket', 'hapolicy@spf.service', 'hapolicy@spf.socket')
+    done = run('systemd-analyze', 'verify', '--man=no', *(tmp_path / name for name in instances))
+    assert (done.returncode, done.stdout) == (0, '')
     # 1.5 of 10 with systemd 252; the lower the better
-    done = run('systemd-analyze', 'security', '--offline=yes', '--threshold=20', unit)
-    assert done.returncode == 0, done.stdout
-    unit.write_text(text.replace('Type=', 'Tyqe='))
-    assert 'Tyqe' in run('systemd-analyze', 'verify', '--man=no', unit).stdout
+    for unit in (tmp_path / name for name in UNITS if name.endswith('service')):
+        done = run('systemd-analyze', 'security', '--offline=yes', '--threshold=20', unit)
+        assert done.returncode == 0, done.stdout
+    unit.write_text(unit.read_text().replace('Type=', 'Tyqe='))
+    assert 'Tyqe' in run('systemd-analyze', 'verify', '--man=no', tmp_path / 'hapolicy@spf.service').stdout
+
+
+def test_an_instance_is_what_the_one_unit_is_but_for_its_names() -> None:
+    for kind in ('service', 'socket'):
+        one, many = ((CONTRIB / f'hapolicy{at}.{kind}').read_text().partition('[Unit]')[2] for at in ('', '@'))
+        for name in ('hapolicy@%i.socket', '/etc/default/hapolicy-%i', '/hapolicy/%i'):
+            many = many.replace(name, name.replace('@%i', '').replace('-%i', '').replace('/%i', '/socket'))
+        assert many.replace(' --name=%i', '').replace(': %i', '') == one
 
 
 class Example(Postfix):
@@ -133,7 +144,11 @@ class Example(Postfix):
         master = (CONTRIB / 'master.cf.example').read_text() if spawn else ''
         if spawn:
             main = re.sub(r'^#(.*_time_limit)', r'\1', main, flags=re.MULTILINE)
-        super().__init__(master=self.private(master))
+            [at_port] = re.findall(r'^# At a port.*: (check_policy_service .*)', main, re.MULTILINE)
+            main = main.replace('    check_policy_service unix:hapolicy/socket', f'    {at_port}')
+        super().__init__(master=self.private(master), chroot=not spawn)
+        self.socket = self.directory / 'queue' / 'hapolicy' / 'socket'
+        self.socket.parent.mkdir(mode=0o711)
         shutil.copy(MODULE, self.directory / 'hapolicy')
         (self.directory / 'hapolicy').chmod(0o755)
         path = self.directory / 'etc' / 'main.cf'
@@ -156,10 +171,11 @@ class Example(Postfix):
 def test_postfix_takes_the_examples_and_filters_mail_by_them(spawn: bool) -> None:
     postfix = Example(spawn=spawn)
     etc = str(postfix.directory / 'etc')
+    where = f'inet:127.0.0.1:{postfix.proxy_port}' if spawn else 'unix:hapolicy/socket'
     try:
         assert run('/usr/sbin/postfix', '-c', etc, 'check').stdout == ''
         shown = run('/usr/sbin/postconf', '-c', etc, '-n').stdout
-        assert 'warning' not in shown and f'check_policy_service inet:127.0.0.1:{postfix.proxy_port}' in shown
+        assert 'warning' not in shown and f'check_policy_service {where}' in shown
         assert ('_time_limit = 3600' in shown) is spawn
         assert 'warning' not in run('/usr/sbin/postconf', '-c', etc, '-M').stdout
     except BaseException:
@@ -168,9 +184,9 @@ def test_postfix_takes_the_examples_and_filters_mail_by_them(spawn: bool) -> Non
     with contextlib.ExitStack() as stack:
         refuse = answer(b'action=550 5.7.1 filtered\n\n')
         server = stack.enter_context(PolicyServerStub(refuse, port=postfix.server_port))
-        if not spawn:
-            stack.enter_context(ProxyProcess('-s', server.service, port=postfix.proxy_port, python=PYTHON))
         stack.enter_context(postfix)
+        if not spawn:
+            stack.enter_context(ProxyProcess('-s', server.service, f'--listen=unix:{postfix.socket}', python=PYTHON))
         assert postfix.send(recipient='bob@elsewhere.example')[0] == 554
         assert not server.requests, 'no server is asked about mail that is refused anyway'
         code, text = postfix.send()
@@ -223,9 +239,10 @@ def test_the_readme_is_short() -> None:
 
 
 def test_every_command_line_in_the_documents_is_taken() -> None:
-    files = [*DOCUMENTS, *(CONTRIB / name for name in ('hapolicy.service', 'master.cf.example', 'make_manual.py'))]
-    text = '\n'.join(file.read_text().replace('\\\n', '').replace('#   --status', '--status') for file in files)
-    before = r'(?:\$ |ExecStart=/usr/local/bin/|user=nobody argv=/usr/local/bin/)?'
+    files = [*DOCUMENTS, *(CONTRIB / name for name in ('hapolicy.default', 'master.cf.example', 'make_manual.py'))]
+    text = '\n'.join(file.read_text().replace('\\\n', '') for file in files)
+    text = re.sub('^#OPTIONS="(.*)"$', r'hapolicy \1', text, flags=re.MULTILINE)
+    before = r'(?:\$ |user=nobody argv=/usr/local/bin/)?'
     lines = re.findall(rf'^ *{before}hapolicy (-.*-s .*)$', text, re.MULTILINE)
     assert len(lines) > 8
     for line in lines:
