@@ -2,11 +2,12 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import hypothesis
 import pytest
 
-from tests import support
+from tests import machine, support
 
 # the same examples each time where a failure would hold up others; new ones on a developer's machine
 hypothesis.settings.register_profile('repeatable', derandomize=True)
@@ -21,7 +22,8 @@ FAST = {'balancing', 'cli', 'health', 'logging', 'manual', 'model', 'protocol', 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what needs root or Debian's packages where they are missing; with CI=true that is a failure."""
-    items.sort(key=lambda item: item.path.stem != 'test_compiled')  # the longest of all begins first
+    longest = ('test_compiled', 'test_package', 'test_units')
+    items.sort(key=lambda item: item.path.stem not in longest)  # they begin first
     for item in items:
         if item.path.stem[5:] not in FAST or item.get_closest_marker('needs_root'):
             item.add_marker('slow')
@@ -40,3 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope='session', autouse=True)
 def _the_module_is_here() -> None:
     assert support.MODULE.exists()
+
+
+@pytest.fixture(scope='session')
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Debian package of this tree, beside what else was built with it."""
+    return machine.build(tmp_path_factory.mktemp('package'))

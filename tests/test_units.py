@@ -1,0 +1,258 @@
+"""The units under a real systemd: they recover, hold the socket, and stop without losing an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hapolicy_gevent
+from tests import machine
+from tests.machine import Machine
+from tests.support import ROOT, PolicyServerStub, PostfixClient, echo, request, slow, wait_until
+
+pytestmark = [
+    pytest.mark.skipif(bool(machine.missing()), reason=machine.missing()),
+    pytest.mark.xdist_group('machine'),
+]
+
+
+@pytest.fixture(scope='module')
+def booted(package: Path) -> Iterator[Machine]:
+    """A Debian with the package, which has the units of contrib/."""
+    with Machine() as running:
+        running.offer(package)
+        running.install('hapolicy-gevent')
+        yield running
+
+
+class Host:
+    """A machine whose hapolicy asks a server that the test runs; both meet at sockets in the machine's directories."""
+
+    def __init__(self, booted: Machine) -> None:
+        self.machine = booted
+        self.path = str(booted.root / 'var/spool/postfix/hapolicy/socket')
+        self.server = PolicyServerStub(echo, path=str(booted.root / 'srv/server'))
+        Path(self.server.path).chmod(0o777)
+        self.configure()
+
+    def configure(self, *options: str, name: str = 'hapolicy') -> None:
+        """Write the options of a unit."""
+        self.machine.write(f'/etc/default/{name}', f'OPTIONS="-l -s A=unix:/srv/server {" ".join(options)}"\n')
+
+    def show(self, name: str, unit: str = 'hapolicy.service') -> str:
+        """Return a property of a unit."""
+        return self.machine.run(f'systemctl show --property={name} --value {unit}').strip()
+
+    @property
+    def pid(self) -> int:
+        """The process that serves; 0 if none does."""
+        return int(self.show('MainPID')) if self.show('ActiveState') == 'active' else 0
+
+    def client(self) -> PostfixClient:
+        """Connect as Postfix does."""
+        return PostfixClient(self.path, 60)
+
+    def close(self) -> None:
+        """Stop and forget everything."""
+        self.machine.run("systemctl stop 'hapolicy*.socket' 'hapolicy*.service'; systemctl reset-failed", check=False)
+        self.server.stop()
+
+
+@pytest.fixture
+def host(booted: Machine) -> Iterator[Host]:
+    """A machine with a server, and nothing of hapolicy's that runs."""
+    running = Host(booted)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+class Load:
+    """Clients that ask one request after another, as smtpds do: one whose connection has ended connects anew."""
+
+    def __init__(self, path: str, clients: int = 4) -> None:
+        self._path, self._over = path, threading.Event()
+        self.answers = 0
+        self.faults: list[str] = []
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(clients)]
+
+    def _ask(self, client: PostfixClient | None) -> PostfixClient | None:
+        """Ask as Postfix does: where the connection ends in place of an answer, once more, a second later."""
+        for pause in (1, 0):
+            try:
+                client = client or PostfixClient(self._path, 60)
+                assert client.ask_own() == 'A', 'the default action'
+                self.answers += 1
+                return client
+            except (OSError, AssertionError) as error:
+                client = None
+                if not pause:
+                    self.faults.append(repr(error))
+                time.sleep(pause)
+        return None
+
+    def _work(self) -> None:
+        client = None
+        while not self._over.is_set():
+            client = self._ask(client)
+            time.sleep(0.005)
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        wait_until(lambda: self.answers > 20, what='the load runs')
+        return self
+
+    def flows(self) -> None:
+        """Wait for further answers."""
+        count = self.answers
+        wait_until(lambda: self.answers > count + 50, what='answers')
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        assert kind is not None or not self.faults, self.faults[:5]
+
+
+def test_the_first_client_starts_the_service_and_the_socket_is_postfixs_alone(host: Host) -> None:
+    host.machine.run('systemctl start hapolicy.socket')
+    assert host.pid == 0
+    assert host.machine.run('stat -c "%U %G %a" /var/spool/postfix/hapolicy/socket') == 'root postfix 660\n'
+    with host.client() as client:
+        assert client.ask_own() == 'A'
+    assert host.pid
+    user = host.machine.run(f'stat -c %u /proc/{host.pid}').strip()
+    assert int(user) >= 61184, 'a user of its own, not root'
+    host.machine.run('systemctl stop hapolicy.socket')
+    assert not Path(host.path).exists() and host.show('ActiveState') == 'inactive'
+
+
+def test_it_starts_before_postfix(host: Host) -> None:
+    host.machine.run('systemctl start hapolicy')
+    assert 'sockets.target' in host.show('Before', 'hapolicy.socket').split()
+    for unit in ('postfix.service', 'postfix@-.service'):
+        assert unit in host.show('Before').split()
+
+
+def test_six_kills_in_a_row_are_recovered_from(host: Host) -> None:
+    """Five quick failures are systemd's limit: the unit has none. Its socket stays open, and who connects waits."""
+    host.machine.run('systemctl start hapolicy')
+    inode = Path(host.path).stat().st_ino
+    for count in range(6):
+        wait_until(lambda count=count: host.pid and host.show('NRestarts') == str(count))  # type: ignore[misc]
+        host.machine.run('systemctl kill --signal=KILL hapolicy')
+    with host.client() as client:
+        assert client.ask_own() == 'A'
+    assert (Path(host.path).stat().st_ino, host.show('NRestarts')) == (inode, '6')
+
+
+def test_kills_under_load_cost_no_request(host: Host) -> None:
+    """Postfix's second try, a second later, is answered by the next process."""
+    host.machine.run('systemctl start hapolicy')
+    with Load(host.path) as load:
+        for _ in range(2):
+            host.machine.run('systemctl kill --signal=KILL hapolicy')
+            load.flows()
+
+
+def test_a_restart_under_load_costs_no_request(host: Host) -> None:
+    host.machine.run('systemctl start hapolicy')
+    with Load(host.path) as load:
+        for _ in range(3):
+            host.machine.run('systemctl restart hapolicy')
+            load.flows()
+
+
+def test_a_stop_under_load_answers_what_is_in_flight_and_leaves_no_socket(host: Host) -> None:
+    host.server.behaviour = slow(1)
+    host.machine.run('systemctl start hapolicy')
+    with host.client() as client:
+        client.send(request(instance='in.flight'))
+        wait_until(lambda: len(host.server.requests) == 1, what='the request is in flight')
+        host.machine.run('systemctl stop hapolicy.socket hapolicy.service')
+        assert client.read_answer() == b'action=DUNNO in.flight A\n\n'
+        assert client.at_end()
+    assert (host.show('Result'), host.show('ExecMainStatus')) == ('success', '0')
+    assert not Path(host.path).exists() and [*Path(host.path).parent.iterdir()] == []
+
+
+def test_a_port_that_is_busy_for_five_seconds_is_waited_for(host: Host) -> None:
+    busy = 'import socket,time; s=socket.create_server(("127.0.0.1",10060)); time.sleep(5)'
+    host.configure('--listen=127.0.0.1:10060')
+    host.machine.run(f"systemd-run --quiet --collect --unit=busy python3 -c '{busy}'")
+    wait_until(lambda: host.machine.run("grep -c ':274C 00000000:0000 0A' /proc/net/tcp", check=False) == '1\n')
+    host.machine.run('systemctl start --no-block hapolicy')
+    wait_until(lambda: int(host.show('NRestarts')) >= 2, what='it was tried again')
+    wait_until(lambda: host.pid and host.show('ActiveState', 'busy.service') != 'active', what='it serves')
+    with host.client() as client:
+        assert client.ask_own() == 'A'
+    assert 'Address already in use' in host.machine.run('journalctl -u hapolicy -p err -n 20 --no-pager')
+
+
+def test_an_option_that_cannot_be_used_is_said_once_and_refuses_clients(host: Host) -> None:
+    """It is not started again and again, who asks is told at once, and a start after the repair suffices."""
+    host.configure('--nonsense')
+    host.machine.run('systemctl start hapolicy', check=False)
+    assert (host.show('ActiveState'), host.show('NRestarts'), host.show('ExecMainStatus')) == ('failed', '0', '2')
+    assert 'nonsense' in host.machine.run('journalctl -u hapolicy -p err -n 3 --no-pager')
+    begun = time.monotonic()
+    with host.client() as client, contextlib.suppress(ConnectionResetError):
+        client.send(request())
+        assert client.read_answer() == b''
+    wait_until(lambda: not Path(host.path).exists(), what='nobody can connect')
+    assert time.monotonic() - begun < 60
+    host.configure()
+    host.machine.run('systemctl start hapolicy')
+    with host.client() as client:
+        assert client.ask_own() == 'A'
+
+
+def test_a_value_with_blanks_reaches_the_program_as_one(host: Host) -> None:
+    host.configure("--default='451 4.7.1 Try later'", '--summary=0')
+    host.server.stop()
+    host.machine.run('systemctl start hapolicy')
+    with host.client() as client:
+        assert client.ask(request()) == '451 4.7.1 Try later'
+
+
+def test_the_question_in_the_readme_is_answered(host: Host) -> None:
+    found = re.search(r"^ +\$ (printf .* \| nc .*)\n +(action=\w+)$", (ROOT / 'README.md').read_text(), re.MULTILINE)
+    assert found
+    host.machine.install('netcat-openbsd')
+    host.machine.run('systemctl start hapolicy')
+    assert host.machine.run(found[1]).startswith(found[2])
+
+
+def test_instances_have_options_sockets_and_names_of_their_own(host: Host) -> None:
+    named = '--name' in (hapolicy_gevent.__doc__ or '')
+    if not named:
+        host.machine.run("sed -i 's/ --name=%i//' /lib/systemd/system/hapolicy@.service; systemctl daemon-reload")
+    for name, action in (('spf', '550 no SPF'), ('grey', '450 later')):
+        host.machine.write(f'/etc/default/hapolicy-{name}', f'OPTIONS="-s X=127.0.0.1:9 --default=\'{action}\'"\n')
+    host.machine.run('systemctl start hapolicy@spf hapolicy@grey')
+    for name, action in (('spf', '550 no SPF'), ('grey', '450 later')):
+        with PostfixClient(str(Path(host.path).with_name(name))) as client:
+            assert client.ask(request()) == action
+        tag = name if named else 'hapolicy'
+        assert 'serves up to' in host.machine.run(f'journalctl -t {tag} -u hapolicy@{name} --no-pager')
+
+
+def test_instances_with_reuse_port_serve_one_port(host: Host) -> None:
+    for name in '12':
+        host.configure('--listen=127.0.0.1:10060 --reuse-port', name=f'hapolicy-{name}')
+    if '--name' not in (hapolicy_gevent.__doc__ or ''):
+        host.machine.run("sed -i 's/ --name=%i//' /lib/systemd/system/hapolicy@.service; systemctl daemon-reload")
+    host.machine.run('systemctl start hapolicy@1 hapolicy@2')
+    listening = host.machine.run("grep ':274C 00000000:0000 0A' /proc/net/tcp")
+    assert len(listening.splitlines()) == 2
+    asked = 'exec 3<>/dev/tcp/127.0.0.1/10060; printf "request=smtpd_access_policy\\n\\n" >&3; head -n 1 <&3'
+    for _ in range(8):
+        assert re.match('action=DUNNO', host.machine.run(f"bash -c '{asked}'"))
