@@ -1855,8 +1855,8 @@ class Client(Wire):
     def finish_answer(self, seconds: float) -> None:
         """Send the rest of an answer, within so many seconds, and after the last one our end.
 
-        Both in one segment, so that Postfix, which looks before it writes, can not send a request into a closed
-        connection. Raises ClientFault, OSError.
+        Both in one segment, where there are segments, so that Postfix, which looks before it writes, can not send a
+        request into a closed connection. Raises ClientFault, OSError.
         """
         last = self.closing and not self._buffer.data and not self.ended
         if last and self.socket.family != socket.AF_UNIX:
@@ -1864,6 +1864,9 @@ class Client(Wire):
         with gevent.Timeout(seconds, ClientFault(NOT_TAKEN, f'{len(self.unsent)} bytes')):
             self.send(self.unsent)
         self.unsent = b''
+        if last and self.socket.family == socket.AF_UNIX:
+            self.unexpected()  # the answer is there before our end is: who has asked meanwhile is answered
+            last = not self._buffer.data and not self.ended
         if last:
             self.ended = True
             self.socket.shutdown(socket.SHUT_WR)

@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gevent.socket
 import pytest
 
+import hapolicy_gevent
 from tests.servers import checked
 from tests.support import (
     SCALE,
@@ -596,3 +598,29 @@ def test_a_unix_client_that_has_a_path_of_its_own_is_served_and_refused(tmp_path
                 sock.connect(f'{tmp_path}/s')
                 sock.sendall(b'request=x\n')
         proxy.logged('Client connection closed: left in mid-request')
+
+
+def test_a_unix_client_that_asks_before_it_sees_our_end_is_answered_once_more() -> None:
+    """There an answer and the end behind it are two calls, and Postfix may look and write between them."""
+    near, far = gevent.socket.socketpair()
+    with near, far:
+        client = hapolicy_gevent.Client(near)
+        client.closing = True
+        send = client._send
+
+        def send_to_a_quick_peer(data: bytes) -> int:
+            sent: int = send(data)
+            client._send = send
+            far.sendall(request(instance='second'))
+            return sent
+
+        client._send = send_to_a_quick_peer
+        client.answer(b'DUNNO first')
+        client.finish_answer(1)
+        assert client.request(1) == request(instance='second')
+        client.answer(b'DUNNO second')
+        client.finish_answer(1)
+        far.settimeout(10)
+        assert far.recv(1000) == b'action=DUNNO first\n\naction=DUNNO second\n\n'
+        assert far.recv(1000) == b''
+        client.close()
