@@ -339,6 +339,57 @@ class PostfixClient:
         self.close()
 
 
+class SmtpdLoad:
+    """Clients that ask one request after another, as smtpds do, from `with` to its end.
+
+    Where a connection ends in place of an answer, each asks once more, a second later. A request that is not
+    answered then, or by the default action, is a fault; at the end there must be none.
+    """
+
+    def __init__(self, where: int | str, clients: int = 4) -> None:
+        self._where, self._over = where, threading.Event()
+        self.answers = 0
+        self.faults: list[str] = []
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(clients)]
+
+    def _ask(self, client: PostfixClient | None) -> PostfixClient | None:
+        for pause in (1, 0):
+            try:
+                client = client or PostfixClient(self._where, 60)
+                assert client.ask_own() != 'default'
+                self.answers += 1
+                return client
+            except (OSError, AssertionError) as error:
+                client = None
+                if not pause:
+                    self.faults.append(repr(error))
+                time.sleep(pause)
+        return None
+
+    def _work(self) -> None:
+        client = None
+        while not self._over.is_set():
+            client = self._ask(client)
+            time.sleep(0.005)
+
+    def flows(self) -> None:
+        """Wait for further answers."""
+        count = self.answers
+        wait_until(lambda: self.answers > count + 50, what='answers')
+
+    def __enter__(self) -> SmtpdLoad:
+        for thread in self._threads:
+            thread.start()
+        self.flows()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        assert kind is not None or not self.faults, self.faults[:5]
+
+
 class ProxyProcess:
     """hapolicy_gevent.py as a process of its own, listening on 127.0.0.1, its log kept."""
 

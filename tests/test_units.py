@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import hapolicy_gevent
 from tests import machine
 from tests.machine import Machine
-from tests.support import ROOT, PolicyServerStub, PostfixClient, echo, request, slow, wait_until
+from tests.support import ROOT, PolicyServerStub, PostfixClient, SmtpdLoad, echo, request, slow, wait_until
 
 pytestmark = [
     pytest.mark.skipif(bool(machine.missing()), reason=machine.missing()),
@@ -74,54 +73,6 @@ def host(booted: Machine) -> Iterator[Host]:
         running.close()
 
 
-class Load:
-    """Clients that ask one request after another, as smtpds do: one whose connection has ended connects anew."""
-
-    def __init__(self, path: str, clients: int = 4) -> None:
-        self._path, self._over = path, threading.Event()
-        self.answers = 0
-        self.faults: list[str] = []
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(clients)]
-
-    def _ask(self, client: PostfixClient | None) -> PostfixClient | None:
-        """Ask as Postfix does: where the connection ends in place of an answer, once more, a second later."""
-        for pause in (1, 0):
-            try:
-                client = client or PostfixClient(self._path, 60)
-                assert client.ask_own() == 'A', 'the default action'
-                self.answers += 1
-                return client
-            except (OSError, AssertionError) as error:
-                client = None
-                if not pause:
-                    self.faults.append(repr(error))
-                time.sleep(pause)
-        return None
-
-    def _work(self) -> None:
-        client = None
-        while not self._over.is_set():
-            client = self._ask(client)
-            time.sleep(0.005)
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        wait_until(lambda: self.answers > 20, what='the load runs')
-        return self
-
-    def flows(self) -> None:
-        """Wait for further answers."""
-        count = self.answers
-        wait_until(lambda: self.answers > count + 50, what='answers')
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-        assert kind is not None or not self.faults, self.faults[:5]
-
-
 def test_the_first_client_starts_the_service_and_the_socket_is_postfixs_alone(host: Host) -> None:
     host.machine.run('systemctl start hapolicy.socket')
     assert host.pid == 0
@@ -157,7 +108,7 @@ def test_six_kills_in_a_row_are_recovered_from(host: Host) -> None:
 def test_kills_under_load_cost_no_request(host: Host) -> None:
     """Postfix's second try, a second later, is answered by the next process."""
     host.machine.run('systemctl start hapolicy')
-    with Load(host.path) as load:
+    with SmtpdLoad(host.path) as load:
         for _ in range(2):
             host.machine.run('systemctl kill --signal=KILL hapolicy')
             load.flows()
@@ -165,7 +116,7 @@ def test_kills_under_load_cost_no_request(host: Host) -> None:
 
 def test_a_restart_under_load_costs_no_request(host: Host) -> None:
     host.machine.run('systemctl start hapolicy')
-    with Load(host.path) as load:
+    with SmtpdLoad(host.path) as load:
         for _ in range(3):
             host.machine.run('systemctl restart hapolicy')
             load.flows()
