@@ -54,6 +54,7 @@ from bench.peers import (
     PEERS,
     PERL,
     PERL_NAME,
+    UNIX,
     Cpu,
     Peer,
     Running,
@@ -156,7 +157,7 @@ def watch(running: Running, plan: Plan, warm: int, name: str = '') -> Window:
 
 def busy(peer: Peer, running: Running, figures: Figures) -> None:
     """Measure 32 clients that ask as fast as they are answered."""
-    plan = Plan(f'127.0.0.1:{running.port}', CLIENTS, seconds=peer.warm + WINDOW, request_limit=peer.request_limit)
+    plan = Plan(running.where, CLIENTS, seconds=peer.warm + WINDOW, request_limit=peer.request_limit)
     window = watch(running, plan, peer.warm, peer.name)
     figures.user.append(window.cpu.user)
     figures.system.append(window.cpu.system)
@@ -168,13 +169,13 @@ def busy(peer: Peer, running: Running, figures: Figures) -> None:
 def visits(peer: Peer, running: Running, figures: Figures) -> None:
     """Measure 32 clients as smtpd are: each leaves after some requests, and comes anew; so a spawn(8) starts anew."""
     if running.pid and not peer.request_limit:
-        plan = Plan(f'127.0.0.1:{running.port}', CLIENTS, seconds=peer.warm + WINDOW, request_limit=SMTPD_REQUESTS)
+        plan = Plan(running.where, CLIENTS, seconds=peer.warm + WINDOW, request_limit=SMTPD_REQUESTS)
         figures.visits.append(watch(running, plan, peer.warm, peer.name).cpu.sum)
 
 
 def alone(peer: Peer, running: Running, figures: Figures) -> None:
     """Measure the latency of one client that asks as fast as it is answered."""
-    plan = Plan(f'127.0.0.1:{running.port}', 1, seconds=1, request_limit=peer.request_limit)
+    plan = Plan(running.where, 1, seconds=1, request_limit=peer.request_limit)
     with Processes() as processes:
         result = check(peer.name, start_load(plan, processes).result())
     figures.alone.append(result.latency.quantile(0.5))
@@ -184,7 +185,7 @@ def crowd(peer: Peer, running: Running, figures: Figures) -> None:
     """Measure the memory of many clients, all connected and each asking in turn."""
     used = []
     for clients in (1, peer.crowd):
-        plan = Plan(f'127.0.0.1:{running.port}', clients, seconds=3, rate=min(1000, clients * 50))
+        plan = Plan(running.where, clients, seconds=3, rate=min(1000, clients * 50))
         with Processes() as processes:
             load = start_load(plan, processes)
             load.wait_until(2.5)
@@ -195,7 +196,7 @@ def crowd(peer: Peer, running: Running, figures: Figures) -> None:
 
 def cost(peer: Peer, running: Running, clients: int, rate: float = STEADY_RATE) -> Cpu:
     """Return what a request costs at a steady rate, asked by so many clients in turn."""
-    plan = Plan(f'127.0.0.1:{running.port}', clients, seconds=CROWD_WARM + WINDOW, rate=rate)
+    plan = Plan(running.where, clients, seconds=CROWD_WARM + WINDOW, rate=rate)
     return watch(running, plan, CROWD_WARM, f'{peer.name}, {clients} clients').cpu
 
 
@@ -303,6 +304,9 @@ class Comparison:
                 Bar(f'added latency, {name}, to HAProxy tcp', 1.5, 1.0, added),
             ]
         bars += [
+            Bar('CPU, unix sockets on both sides, to TCP', 0.75, 0.7, self.ratios(lambda one: one.cpu, OURS, UNIX)),
+            Bar('CPU, unix sockets on both sides, to HAProxy tcp', 1.5, 1.2,
+                self.ratios(lambda one: one.cpu, HAPROXY, UNIX)),
             Bar('CPU, with -l to without', 1.5, 1.2, self.ratios(lambda one: one.cpu, OURS, LOGGING)),
             Bar('cost at 3,000 clients, to 32', 2.0, 1.3, [
                 many / few for many, few in zip(mine.many, mine.few, strict=True)]),

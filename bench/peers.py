@@ -127,6 +127,12 @@ class Running:
 
     port: int
     pid: int = 0  # 0: no proxy at all
+    path: str = ''  # of its unix socket, asked in place of the port
+
+    @property
+    def where(self) -> str:
+        """The address that clients ask at."""
+        return f'unix:{self.path}' if self.path else f'127.0.0.1:{self.port}'
 
     def cpu(self) -> Cpu:
         """Return what it has used since its start, with all its descendants, also those that have ended."""
@@ -176,13 +182,26 @@ def direct(stage: Stage) -> Running:
 
 
 def ours(
-    stage: Stage, *options: str, fields: str = '', program: Sequence[str] = (sys.executable, str(MODULE))
-) -> Running:
-    """Start this project's proxy; `fields` is prio:weight:timeout:max of each service."""
+    stage: Stage, *options: str, fields: str = '', program: Sequence[str] = (sys.executable, str(MODULE)),
+    known: bool = True,
+) -> Running:  # fmt: skip
+    """Start this project's proxy; `fields` is prio:weight:timeout:max of each service, if it is to know those."""
     port = free_port()
     command = [*program, f'--listen=127.0.0.1:{port}', '--stdout', *options]
-    command += [service.service(fields) for service in stage.services]
+    command += [service.service(fields) for service in stage.services if known]
     return stage.serve(port, 'sh', '-c', f'exec {shlex.join(command)} >/dev/null')
+
+
+def ours_at_unix_sockets(stage: Stage) -> Running:
+    """Start it with policy servers like the others, and unix sockets on both sides."""
+    services = []
+    for service in stage.services:
+        path = stage.directory / service.name
+        stage.start(sys.executable, '-m', 'bench.policy_service', f'--listen=unix:{path}', f'--name={service.name}')
+        services.append(f'--service={service.name}=unix:{path}')
+    path = stage.directory / 'policy'
+    started = ours(stage, f'--listen=unix:{path}', program=[sys.executable, str(MODULE), *services], known=False)
+    return Running(started.port, started.pid, str(path))
 
 
 def ours_by_debian(stage: Stage) -> Running:
@@ -274,10 +293,12 @@ class Peer:
 OURS, HAPROXY, PERL_NAME = 'ours', 'HAProxy tcp', 'Perl hapolicy'
 LOGGING, RECIPE, DIRECT = 'ours -l', 'HAProxy recipe', 'no proxy'
 BY_DEBIAN, COMPILED = "ours, Debian's python3", 'ours, compiled'
+UNIX = 'ours, unix sockets'
 
 PEERS = (
     Peer(DIRECT, direct, crowd=0, many=0),
     Peer(OURS, ours),
+    Peer(UNIX, ours_at_unix_sockets, many=0),
     Peer(BY_DEBIAN, ours_by_debian, [DEBIAN_PYTHON, DEBIAN_GEVENT, DEBIAN_DOCOPT], crowd=0, many=0),
     Peer(COMPILED, ours_compiled, [str(COMPILED_PROGRAM)], crowd=0, many=0),
     Peer(LOGGING, ours_logging, crowd=0, many=0),

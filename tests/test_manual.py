@@ -118,7 +118,8 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     instances = ('hapolicy.service', 'hapolicy.socket', 'hapolicy@spf.service', 'hapolicy@spf.socket')
     done = run('systemd-analyze', 'verify', '--man=no', *(tmp_path / name for name in instances))
-    assert (done.returncode, done.stdout) == (0, '')
+    said = [line for line in done.stdout.splitlines() if not line.startswith('/lib/systemd/')]  # of others' units
+    assert (done.returncode, said) == (0, [])
     # 1.5 of 10 with systemd 252; the lower the better
     for unit in (tmp_path / name for name in UNITS if name.endswith('service')):
         done = run('systemd-analyze', 'security', '--offline=yes', '--threshold=20', unit)
