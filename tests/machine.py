@@ -109,6 +109,7 @@ class Machine:
         options = f'lowerdir={base()},upperdir={self._directory}/upper,workdir={self._directory}/work'
         subprocess.run(['mount', '-t', 'overlay', 'overlay', '-o', options, self.root], check=True)
         self._nspawn: subprocess.Popen[bytes] | None = None
+        self._lock = (CACHE / 'machine.lock').open('w')
 
     @property
     def _leader(self) -> int:
@@ -118,7 +119,11 @@ class Machine:
         return int(children[0]) if children else 0
 
     def boot(self) -> None:
-        """Start it; return when all its units are there."""
+        """Start it, when no other one runs; return when all its units are there.
+
+        Where process 1 of this host is not systemd, all machines would share one control group.
+        """
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         with (self._directory / 'console').open('wb') as console:
             self._nspawn = subprocess.Popen(
                 ['systemd-nspawn', '--quiet', f'--directory={self.root}', f'--machine=hapolicy-test-{os.getpid()}',
@@ -179,6 +184,7 @@ class Machine:
                     break
                 time.sleep(0.1)
             shutil.rmtree(self._directory, ignore_errors=True)
+            self._lock.close()
 
     def __enter__(self) -> Machine:
         try:

@@ -85,7 +85,7 @@ def roots(postfix: Postfix) -> set[str]:
 def test_a_chrooted_smtpd_asks_at_the_socket_in_its_queue_directory(site: Site) -> None:
     with site.postfix.client() as client:
         assert send_in(client)[0] == 250
-        assert roots(site.postfix) == {str(site.postfix.directory / 'queue')}
+        wait_until(lambda: roots(site.postfix) == {str(site.postfix.directory / 'queue')}, what='all are chrooted')
     assert len(site.server.requests) == 1
     assert not site.postfix.complaints, site.postfix.complaints
 

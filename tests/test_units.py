@@ -42,7 +42,8 @@ class Host:
 
     def configure(self, *options: str, name: str = 'hapolicy') -> None:
         """Write the options of a unit."""
-        self.machine.write(f'/etc/default/{name}', f'OPTIONS="-l -s A=unix:/srv/server {" ".join(options)}"\n')
+        text = ' \\\n  '.join(('-l -s A=unix:/srv/server', *options))
+        self.machine.write(f'/etc/default/{name}', f'OPTIONS="{text}"\n')
 
     def show(self, name: str, unit: str = 'hapolicy.service') -> str:
         """Return a property of a unit."""
