@@ -38,6 +38,8 @@ Server options:
                           and all that were asked failed at this request
   --max-clients=N         clients served at once, more wait in the backlog
                           (what the descriptor limit carries)
+  --sticky=ATTRIBUTES     send mail with the same values to the same service, at
+                          every MX: client_address/24/64,sender,recipient
   --fall=N                failed mails in a row that take a service down while
                           another is up [default: 2]
   --stall=SECONDS         a service silent for so long while it has requests
@@ -81,6 +83,7 @@ import sys
 import time
 import traceback
 import warnings
+import zlib
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -153,9 +156,11 @@ MAX_INSTANCE = 128
 LINGER = 1.0
 #: Seconds that are no time to ask a service: a request's last ones are for its default action; the shortest --deadline.
 TOO_SHORT, MIN_DEADLINE = 0.005, 0.1
-#: Seconds a request waits for the service it was balanced to, before any other may have it; and before one may that
-#: gives no answers, which is mostly the doing of a slow message.
-PATIENCE, STALLED_AFTER = 0.1, 1.0
+#: Seconds a request waits for the service it was balanced to, before any other may have it; the same of a sticky one,
+#: which another greylist would put off; and before one may that gives no answers, mostly the doing of a slow message.
+PATIENCE, STICKY_PATIENCE, STALLED_AFTER = 0.1, 1.0, 1.0
+#: Bytes of an attribute that are compared to find a mail's services, and values whose compared part is remembered.
+MAX_VALUE, MAX_VALUES = 320, 4096
 
 #: Log lines that wait for the log daemon, and characters of one: rsyslog cuts at 8 kB, too.
 MAX_LOG_LINES, MAX_LOG_LINE = 10000, 8000
@@ -522,6 +527,63 @@ def one_cycle(pools: Sequence[Pool]) -> Iterator[Pool]:
         yield richest
 
 
+#: Leaves out of a sender what postgrey does, as each mail of a list may have its own: a BATV tag, extension, numbers.
+without_tags = functools.partial(re.compile(rb'^prvs=\w{10}=|\+[^@]*|\b\d+\b(?=[^@]*@)').sub, b'')
+#: Hashes of a key and a name are products modulo this: from 1 to PRIME - 1, as the factors are.
+PRIME = 2**61 - 1
+#: A service among which a key chooses: the hash of its name, its weight (0 if all are equal), its pool.
+Node: TypeAlias = 'tuple[int, int, Pool]'
+
+
+def network(ipv4: int, ipv6: int, address: bytes) -> bytes:
+    """Return the network of an address, by the prefix length of its family; what is no address as it is."""
+    family, ignored = (socket.AF_INET6, 128 - ipv6) if b':' in address else (socket.AF_INET, 32 - ipv4)
+    try:
+        return b'%x ' % (int.from_bytes(socket.inet_pton(family, address.decode('latin-1')), 'big') >> ignored)
+    except (OSError, ValueError):
+        return address
+
+
+class Sticky:
+    """Sends the same mail to the same service, at each proxy: by a key made of some attributes. Pure.
+
+    Weighted rendezvous hashing: each service has a score for each key, and the greatest wins. A service that is taken
+    away leaves its own keys to others, and one that is added takes its share; no other key moves.
+    """
+
+    def __init__(self, attributes: Iterable[tuple[str, Callable[[bytes], bytes] | None]]) -> None:
+        """Take the names of the attributes, each with what returns the part of a value to compare, if not all."""
+        self._attributes = [(b'\n%s=' % name.encode(), part_of) for name, part_of in attributes]
+
+    def key(self, request: bytes) -> bytes:
+        """Return what the tries of a mail have in common, b'' if all attributes are empty."""
+        key = b''
+        if CR in request:
+            request = request.replace(b'\r\n', b'\n')
+        for name, part_of in self._attributes:
+            value = request.partition(name)[2].partition(b'\n')[0]
+            key += value if part_of is None else part_of(value[:MAX_VALUE])
+        return key.lower()
+
+    @staticmethod
+    def nodes(pools: Sequence[Pool]) -> list[Node]:
+        """Return the pools for order()."""
+        differ = len({pool.service.weight for pool in pools}) > 1
+        return [((zlib.crc32(pool.service.name.encode()) + 1) ** 3 % PRIME, differ * pool.service.weight, pool)
+                for pool in pools]  # fmt: skip
+
+    @staticmethod
+    def order(key: bytes, nodes: Iterable[Node]) -> list[Pool]:
+        """Return the pools in the order of a key, the best first: by the key, names and weights alone."""
+        number = zlib.crc32(key) + 1
+        number *= number  # CRC-32 is linear: keys that are alike would have scores that are alike
+        scores: dict[Pool, float] = {}
+        for factor, weight, pool in nodes:
+            hashed = number * factor % PRIME
+            scores[pool] = math.log(hashed / PRIME) / weight if weight else hashed
+        return sorted(scores, key=scores.__getitem__, reverse=True)
+
+
 class Balancer:
     """Chooses a service for each request: affinity by instance, then prio, then weight.
 
@@ -532,7 +594,9 @@ class Balancer:
     def __init__(self, pools: Iterable[Pool]) -> None:
         self.pools = sorted(pools, key=lambda pool: pool.service.prio)
         self.up = 0  # services that are up
-        self._rounds: list[Callable[[], Iterator[Pool]]] = []  # for each prio: yields each turn of a cycle once
+        self.sticky: Sticky | None = None  #: makes the key of each request, if there is one
+        #: For each prio what yields each turn of a cycle once, and what Sticky puts in order.
+        self._rounds: list[tuple[Callable[[], Iterator[Pool]], list[Node]]] = []
         self._bound: dict[bytes, Pool] = {}  # by instance, the longest known first
         self.update()
 
@@ -550,41 +614,54 @@ class Balancer:
             pool.places = service.max if service.state is UP else min(trial, service.max)
         self._rounds = []
         for _, group in itertools.groupby(self.pools, key=lambda pool: pool.service.prio):
-            turns = list(one_cycle([pool for pool in group if pool.places]))
+            pools = [pool for pool in group if pool.places]
+            turns = list(one_cycle(pools))
             if turns:
-                self._rounds.append(functools.partial(itertools.islice, itertools.cycle(turns), len(turns)))
+                cycle = functools.partial(itertools.islice, itertools.cycle(turns), len(turns))
+                self._rounds.append((cycle, Sticky.nodes(pools)))
 
-    def choose(self, instance: bytes, tried: Sequence[Pool], now: float) -> Pool | None:
-        """Return the pool to take a connection of, or to wait for a moment; None to wait for any."""
+    def choose(self, instance: bytes, tried: Sequence[Pool], now: float, key: bytes = b'') -> Pool | None:
+        """Return the pool to take a connection of, or to wait for a moment; None to wait for any.
+
+        With a key the first in its order that is ready; else the first, as what comes free at another is of no use.
+        """
         if instance:
             bound = self._bound.get(instance)
             if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
                 return bound
-        for turns in self._rounds:
-            waits = False
-            for pool in turns():
+        patience = STICKY_PATIENCE if key else PATIENCE
+        for turns, nodes in self._rounds:
+            waits: Pool | None = None
+            for pool in Sticky.order(key, nodes) if key else turns():
                 if pool in tried or (now - pool.service.answered_at > pool.service.stall and pool.stalled(now)):
                     continue  # the first part saves a call, nearly always
-                if pool.idle or pool.ready(now):
+                if pool.idle or pool.ready(now, patience):
                     self.bind(instance, pool)
                     return pool
-                waits = waits or pool.service.state is UP
-            if waits:  # the next prio is for requests that have waited
-                return None
+                waits = waits or (pool if pool.service.state is UP else None)
+            if waits is not None:  # the next prio is for requests that have waited
+                return waits if key else None
         return None
 
-    def candidates(self, first: Pool | None, tried: Sequence[Pool], waited: float, now: float) -> list[Pool]:
+    def candidates(self, first: Pool | None, tried: Sequence[Pool], waited: float, now: float,
+                   key: bytes = b'') -> list[Pool]:  # fmt: skip
         """Return the pools that a request may wait for which has waited for so many seconds, best first.
 
         At first the one that was chosen for it alone, so that shares hold, or those of one prio; then all; and at last
         those that have stalled, which may be the doing of a slow message. None of a service whose trial is taken.
+        With a key longer the first alone, or the one that is the first without it.
         """
-        there = [pool for pool in self.pools if pool not in tried and pool.admits(waited, now)]
+        pools = self.pools
+        if key:
+            pools = sorted(Sticky.order(key, Sticky.nodes(pools)), key=lambda pool: pool.service.prio)
+        there = [pool for pool in pools if pool not in tried and pool.admits(waited, now)]
         answering = there if waited >= STALLED_AFTER else [pool for pool in there if not pool.stalled(now)] or there
-        if waited >= PATIENCE or not answering:
+        if waited >= (STICKY_PATIENCE if key else PATIENCE) or not answering:
             return answering
         if first is not None and first in answering:
             return [first]
+        if key:
+            return answering[:1]
         return [pool for pool in answering if pool.service.prio == answering[0].service.prio]
 
     def bind(self, instance: bytes, pool: Pool) -> None:
@@ -1271,11 +1348,11 @@ class Checker:
         """Run a check in a greenlet of its own."""
         return gevent.spawn(self._run, check)
 
-    def growing(self, now: float) -> bool:
-        """Tell whether a request that waits a moment may expect a new connection."""
+    def growing(self, now: float, patience: float = PATIENCE) -> bool:
+        """Tell whether a request that waits for so many seconds may expect a new connection."""
         if not self.enabled or self._pauses(now):
             return False
-        if self.running and (self.full or now - next(iter(self.running)).since > PATIENCE):
+        if self.running and (self.full or now - next(iter(self.running)).since > patience):
             return False
         return self.pool.room > 0 or bool(self.running)
 
@@ -1495,11 +1572,11 @@ class Pool:
         return self.places > 0 and (len(self.busy) + self.wanting < self.places
                                     or all(now - since < TRIAL_PATIENCE - waited for since in asked))  # fmt: skip
 
-    def ready(self, now: float) -> bool:
-        """Tell whether it has a connection for a request, or will have one soon."""
+    def ready(self, now: float, patience: float = PATIENCE) -> bool:
+        """Tell whether it has a connection for a request, or will have one for a request that waits for so long."""
         if len(self.busy) >= self.places:
             return False
-        return bool(self.idle or self.held) or (self.opens if self.unchecked else self.checker.growing(now))
+        return bool(self.idle or self.held) or (self.opens if self.unchecked else self.checker.growing(now, patience))
 
     def stalled(self, now: float) -> bool:
         """Tell whether mail is in flight and none was answered for `stall` seconds."""
@@ -1688,10 +1765,10 @@ class Queue:
         waiter, now = Waiter(client), since
         self.waiters.add(waiter)
         try:
-            while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now)):
+            while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now, client.key)):
                 self._join(waiter, pools, now)
                 if waiter.connection is None:
-                    ends = [since + seconds for seconds in (PATIENCE, TRIAL_PATIENCE, STALLED_AFTER)]
+                    ends = [since + seconds for seconds in (PATIENCE, TRIAL_PATIENCE, STICKY_PATIENCE, STALLED_AFTER)]
                     waiter.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
                 if waiter.connection is not None:
                     self.balancer.bind(client.instance, waiter.connection.pool)
@@ -1775,7 +1852,7 @@ class Queue:
 class Client(Wire):
     """A Postfix connection: requests in, answers out, in order."""
 
-    __slots__ = ('_buffer', '_leaving', 'asked', 'closing', 'connection', 'ended', 'instance', 'unsent')
+    __slots__ = ('_buffer', '_leaving', 'asked', 'closing', 'connection', 'ended', 'instance', 'key', 'unsent')
 
     def __init__(self, sock: socket.socket) -> None:
         self._buffer = RequestBuffer()
@@ -1783,6 +1860,7 @@ class Client(Wire):
         self.closing = False  # its next answer is its last
         self._leaving = False  # it is closed now, if it has begun nothing
         self.asked = time.monotonic()  # when its last request came
+        self.key = b''  # of its request, by which Sticky orders the services
         self.instance = b''  # of its message,
         self.connection: Connection | None = None  # and what answered that last
         self.unsent = b''  # of an answer
@@ -1887,7 +1965,7 @@ class Proxy:
         """Checked: as one process for many clients, which may ask each service its own question."""
         self.statistics = Statistics()
         self.queue = Queue(services, log, checked)
-        self.pools, self._choose = self.queue.pools, self.queue.balancer.choose
+        self.pools, self._balancer = self.queue.pools, self.queue.balancer
         self.clients: set[Client] = set()
         self.draining = False
         self._default, self._failed, self._log = default, failed, log
@@ -1907,14 +1985,19 @@ class Proxy:
         instance = instance_of(request)
         if instance is None:
             return self._give_default(client, NOT_POLICY, None, [])
-        if (instance != client.instance or not instance) and (last := client.connection) is not None:
+        last = client.connection
+        if last is not None and (instance != client.instance or not instance):
             last.pool.let_go(last, client)
         client.instance = instance
+        sticky = self._balancer.sticky
+        client.key = key = sticky.key(request) if sticky is not None else b''
         deadline = now + self._deadline
         tried: list[Pool] = []
         failure: ServiceFailure | None = None
         while now < deadline:
-            pool = self._choose(instance, tried, now)
+            pool = self._balancer.choose(b'' if key else instance, tried, now, key)
+            if key and last is not None and last.pool is not pool:
+                last.pool.let_go(last, client)
             connection = pool.take(client, now) if pool is not None else None
             if connection is None and (connection := self.queue.wait(client, pool, tried, deadline, now)) is None:
                 break
@@ -2359,6 +2442,22 @@ def parse_word(text: str, option: str, pattern: str, allowed: str) -> str:
     return text
 
 
+def parse_sticky(text: str, option: str) -> Sticky:
+    """Return the attributes that an option gives to send mail by to the same service. Raises UsageError."""
+    attributes: list[tuple[str, Callable[[bytes], bytes] | None]] = []
+    with blaming(f"{option} '{text}'", 'attributes of policy requests, as client_address/24/64,sender,recipient'):
+        for word in text.split(','):
+            found = re.fullmatch(r'(\w+)(?:(?<=_address)/([^/]*)/([^/]*))?', word)
+            if found is None or found[1] not in re.findall(r'(?m)^(\w+)=', CHECK.decode()):
+                raise UsageError(f"'{word}' is no attribute, nor an address with two prefix lengths, IPv4 and IPv6")
+            part_of: Callable[[bytes], bytes] | None = without_tags if found[1] == 'sender' else None
+            if found[2] is not None:
+                ipv4 = parse_number(found[2], 'IPv4 prefix length', 1, 32)
+                part_of = functools.partial(network, ipv4, parse_number(found[3], 'IPv6 prefix length', 1, 128))
+            attributes.append((found[1], part_of and functools.lru_cache(MAX_VALUES)(part_of)))
+    return Sticky(attributes)
+
+
 #: What an action of access(5) begins with, if not with a reply code or a restriction.
 ACTIONS = {*VERDICT_OF, b'bcc', b'discard', b'filter', b'hold', b'info', b'redirect', b'relay', b'warn'}
 
@@ -2372,6 +2471,7 @@ PARSERS: dict[str, Callable[[str, str], Any]] = {
     '--socket-mode': lambda text, option: parse_word(text, option, '0?[0-7]{3}', 'an octal number from 000 to 777'),
     '--name': lambda text, option: parse_word(text, option, '[A-Za-z0-9_.-]{1,32}', '1 to 32 letters, digits, -, _, .'),
     '--max-clients': lambda text, option: parse_number(text, option, 1, 10**6),
+    '--sticky': parse_sticky,
     '--fall': lambda text, option: parse_number(text, option, 1, 1000),
     '--stall': parse_seconds,
     '--deadline': lambda text, option: parse_seconds(text, option, MIN_DEADLINE),
@@ -2687,6 +2787,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hub.print_exception = functools.partial(report_error, log)
     review(options, log)
     proxy = Proxy(options.service, options.default, options.failed, options.deadline, log, checked=bool(listeners))
+    proxy.queue.balancer.sticky = options.sticky
     if status is not None:
         options.listen, options.status = [*map(str, listeners)], str(options.status)
         server = start_server(status, Status(proxy, options, log).handle, STATUS_CONNECTIONS)

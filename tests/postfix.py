@@ -240,6 +240,7 @@ class Daemon:
 
     def __init__(self, port: int, directory: Path) -> None:
         self.port, self.directory = port, directory
+        self._command: tuple[str, ...] = ()
         self._leader = 0  # its first process, whose session all its others are in
 
     @property
@@ -254,6 +255,7 @@ class Daemon:
 
     def start(self, *command: str) -> None:
         """Run the command and wait until it listens."""
+        self._command = command
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               timeout=60 * SCALE)  # fmt: skip
         assert done.returncode == 0, f'{command} ended with {done.returncode}'
@@ -261,6 +263,11 @@ class Daemon:
         wait_until(lambda: pidfile.exists() and pidfile.read_text().strip(), 20, f'{pidfile} is written')
         self._leader = int(pidfile.read_text())
         wait_until(lambda: accepts(self.port), 20, f'{command[0]} listens')
+
+    def start_again(self) -> None:
+        """Start it as before, after it was killed; what it has stored is there."""
+        (self.directory / 'pid').unlink(missing_ok=True)
+        self.start(*self._command)
 
     def kill(self) -> None:
         """Kill all its processes with SIGKILL, as the kernel does that is out of memory."""

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import time as real_time
+from collections.abc import Sequence
 from typing import Any
 
 import gevent
@@ -30,6 +31,7 @@ from hapolicy_gevent import (
     RESET,
     TICK,
     UP,
+    Balancer,
     Client,
     ClientFault,
     Connection,
@@ -39,9 +41,11 @@ from hapolicy_gevent import (
     Proxy,
     Queue,
     ServiceFailure,
+    Sticky,
     StreamSink,
     Waiter,
     parse_service,
+    parse_sticky,
 )
 
 EXAMPLES = int(os.environ.get('HAPOLICY_TEST_MODEL', '60'))
@@ -188,14 +192,16 @@ class Model(RuleBasedStateMachine):
         self.kinds: dict[Pool, str] = {}
         self.answered = 0
         self.faults: list[AssertionError] = []
+        self.past_its_own = False  # a mail went past the service that is its own by Sticky
 
     @initialize(
         sizes=st.lists(
             st.tuples(st.sampled_from([10, 20]), st.integers(1, 3), st.sampled_from([1, 2, 6, 100])),
             min_size=1, max_size=3),
         kinds=st.lists(st.sampled_from(KINDS), min_size=3, max_size=3),
+        sticky=st.booleans(),
     )  # fmt: skip
-    def start(self, sizes: list[tuple[int, int, int]], kinds: list[str]) -> None:
+    def start(self, sizes: list[tuple[int, int, int]], kinds: list[str], sticky: bool) -> None:
         services = [parse_service(f'{name}=unix:/{name}:{prio}:{weight}:5:{maximum}')
                     for name, (prio, weight, maximum) in zip('ABC', sizes, strict=False)]  # fmt: skip
         hapolicy_gevent.Queue, queue = ModelQueue, Queue  # type: ignore[misc]
@@ -205,6 +211,9 @@ class Model(RuleBasedStateMachine):
         finally:
             hapolicy_gevent.Queue = queue  # type: ignore[misc]
         self.queue = self.proxy.queue
+        if sticky:
+            self.queue.balancer.sticky = parse_sticky('instance', '--sticky')
+        self.queue.balancer.choose = self.choose  # type: ignore[method-assign]
         assert isinstance(self.queue, ModelQueue)
         self.queue.model = self
         self.pools = list(self.proxy.pools.values())
@@ -254,6 +263,17 @@ class Model(RuleBasedStateMachine):
         if isinstance(outcome, ServiceFailure):
             raise outcome
         return outcome
+
+    def choose(self, instance: bytes, tried: Sequence[Pool], now: float, key: bytes = b'') -> Pool | None:
+        """Have the balancer choose; note if it passed over a service that could have the mail by Sticky's order."""
+        balancer = self.queue.balancer
+        chosen = Balancer.choose(balancer, instance, tried, now, key)
+        if key and chosen is not None:
+            there = [pool for pool in balancer.pools if pool.service.prio == chosen.service.prio and pool.places]
+            order = Sticky.order(key, Sticky.nodes(there))
+            self.past_its_own |= any(pool.idle and len(pool.busy) < pool.places and pool not in tried
+                                     and not pool.stalled(now) for pool in order[: order.index(chosen)])  # fmt: skip
+        return chosen
 
     def run(self) -> None:
         """Let all go on that may."""
@@ -430,6 +450,10 @@ class Model(RuleBasedStateMachine):
     def nothing_was_asked_that_may_not_be(self) -> None:
         if self.faults:
             raise self.faults[0]
+
+    @invariant()
+    def a_mail_meets_its_own_service(self) -> None:
+        assert not self.past_its_own
 
     @invariant()
     def bounds(self) -> None:
