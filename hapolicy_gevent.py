@@ -2029,8 +2029,8 @@ class Proxy:
                     break
                 except ServiceFailure as fault:
                     single = pool.use is SINGLE_USE and fault.reason in (DROPPED, REFUSED)
-                    if retried or not (single or isinstance(fault, Ended)):
-                        raise
+                    if retried or connection not in pool.busy or not (single or isinstance(fault, Ended)):
+                        raise  # the second: the service has gone down meanwhile
                     retried, used = True, connection.used
                     self.statistics.retries += 1
                     connection = self._retry(connection, client, deadline)
