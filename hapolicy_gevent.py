@@ -396,12 +396,7 @@ class Settings:
         self.tally = Tally()  # of its answers, from the request to the answer
 
     def __str__(self) -> str:
-        return f'[{self.name}] ({self.where})'  # as each line of the log names it
-
-    @property
-    def where(self) -> str:
-        """Its address, as the option has it."""
-        return str(self.address)
+        return f'[{self.name}] ({self.address})'  # as each line of the log names it
 
     @property
     def failed(self) -> int:
@@ -1719,7 +1714,7 @@ class Pool:
     def trace(self, what: str) -> None:
         """Log a step of a connection (-v)."""
         if self.queue.log.verbose:
-            self.queue.log(INFO, f"{what} '{self.service.name}' ({self.service.where})")
+            self.queue.log(INFO, f"{what} '{self.service.name}' ({self.service.address})")
 
 
 class Waiter:
@@ -2323,7 +2318,7 @@ class Status:
         return {
             **{name: getattr(service, name) for name in ('name', 'prio', 'weight', 'timeout', 'max', 'state', 'why',
                                                          'queries', 'answers', 'failed', 'failures')},
-            'address': service.where, 'text': text, 'since': unix(service.since), 'use': pool.use,
+            'address': str(service.address), 'text': text, 'since': unix(service.since), 'use': pool.use,
             'up': service.state is not DOWN and pool.admits(0, now),  # or on trial, and a mail may try it
             'stalled': stalled, 'silent': round(silent, 3), 'verdicts': service.tally.read()[1],
             'full': pool.checker.full or None, 'last_failure': f'{ago(failure[0])}: {failure[1]}' if failure else None,
@@ -2560,11 +2555,11 @@ def check_service(service: Service) -> tuple[Service, str, str]:
 
 def check_services(services: Sequence[Service]) -> int:
     """Ask all services at once; print a line for each as it comes; return the exit status. Raises OSError."""
-    names, addresses = max(len(each.name) for each in services), max(len(each.where) for each in services)
+    names, addresses = max(len(each.name) for each in services), max(len(str(each.address)) for each in services)
     status = 0
     for check in gevent.iwait([gevent.spawn(check_service, service) for service in services]):
         service, result, text = check.get()
-        line = f'{service.name:{names}}  {service.where:{addresses}}  {result:8}  {text}\n'
+        line = f'{service.name:{names}}  {service.address!s:{addresses}}  {result:8}  {text}\n'
         with blaming('stdout'):
             os.write(1, line.encode('utf-8', 'backslashreplace'))
         status |= result == 'FAILED'
@@ -2774,7 +2769,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listeners = inherited_listeners()
         ours = [*listeners, *options.listen]
         if own := [service for service in options.service if service.address in ours]:  # till all would wait for all
-            raise UsageError(f"--service '{own[0].name}': {own[0].where} is where hapolicy itself listens")
+            raise UsageError(f"--service '{own[0].name}': {own[0].address} is where hapolicy itself listens")
         if options.status and (not ours or options.status in ours):
             raise UsageError(f"--status '{options.status}' needs --listen, and an address of its own")
         listeners.update(open_listeners(options))

@@ -27,7 +27,7 @@ from hapolicy_gevent import UsageError, parse_action, parse_listen, parse_servic
 )
 def test_a_service_is_read(text: str, where: str, prio: int, weight: int, timeout: float, maximum: int) -> None:
     service = parse_service(text)
-    assert (service.where, service.prio, service.weight) == (where, prio, weight)
+    assert (str(service.address), service.prio, service.weight) == (where, prio, weight)
     assert (service.timeout, service.max) == (timeout, maximum)
 
 
