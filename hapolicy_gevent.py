@@ -205,7 +205,7 @@ class ServiceFailure(Exception):
 
 
 class Ended(ServiceFailure):
-    """Nobody's: a connection that had been used ended before the first byte of an answer."""
+    """Nobody's: a connection that had answered something ended before the first byte of an answer."""
 
 
 # ---------------------------------------------------------------------------
@@ -1326,7 +1326,7 @@ class Checker:
 
     A service is *full* when it serves some connections and lets a further check wait, or ends it: a prefork server
     whose children are all taken, or a limit. Then one check at a time is made, and twice as many after each that
-    passes. Full is not down.
+    passes; of single use it is the mails that are fewer, and one more after each. Full is not down.
     """
 
     def __init__(self, pool: Pool, enabled: bool) -> None:
@@ -1359,7 +1359,7 @@ class Checker:
             seconds = self.backoff * JITTER if self.pool.queue.balancer.up else alone  # a restart takes no longer
         return now < self._failed_at + seconds
 
-    def _due(self, now: float) -> bool:
+    def due(self, now: float) -> bool:
         """Tell whether a check is due that no request waits for."""
         pool, service, ago = self.pool, self.pool.service, now - self._began
         return (service.failed_at > self._began  # mail did, and the check is to tell why
@@ -1370,27 +1370,28 @@ class Checker:
     def grow(self, now: float, more: bool = False) -> None:
         """Start the checks that are due: as many as requests wait for, or one more; one where the service is down.
 
-        One more where they have been waiting for long: what one check met may be a worker that hangs.
+        One more where they have been waiting for long, and requests wait, or no service is up.
         """
         pool, running = self.pool, len(self.running)
         if self._pauses(now):
             return
-        waits = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
+        again = running > 0 and now - next(reversed(self.running)).since > UNANSWERED and (
+            pool.wanting > 0 or not pool.queue.balancer.up)  # fmt: skip
         if pool.service.state is DOWN:
             if not self.enabled:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
                 return pool.service.turn(TRIAL, 'mail may try it', now)
-            if waits and not pool.queue.balancer.up:  # the eldest waits on: a server that was stopped answers it
-                self.stop(next(iter(self.running)))
-            number = 1 + (waits and not pool.queue.balancer.up)
+            number = 1 + again
         elif not self.enabled:
             return
         else:
-            single = pool.use is SINGLE_USE and not running  # full: perhaps no longer
-            more = more or self._due(now) or ((waits or single) and pool.wanting > 0)
-            number = min(max(pool.wanting if pool.use is CHECKED else 0, running + more), self.at_once + waits)
-        if waits:
+            single = pool.use is SINGLE_USE and not running and pool.wanting > 0  # more at once?
+            more = more or self.due(now) or again or single
+            number = min(max(pool.wanting if pool.use is CHECKED else 0, running + more), self.at_once + again)
+        if again:  # what those met may be workers that hang; but the eldest is answered first if the server goes on
             pool.connector.rotate()
+            if running >= number:
+                self.stop(next(iter(self.running)))
         for _ in range(min(number - len(self.running), pool.room)):
             self._began = now
             check = Connection(pool, now)
@@ -1421,7 +1422,7 @@ class Checker:
         self._failed_at, self.backoff, self.reason = -math.inf, BACKOFF_FIRST, ''
         single = said != '' or now < pool.once_until
         if single and pool.use is CHECKED:  # as many at once as were answered; and once proves little: soon again
-            self.at_once = 1 + sum(other.used > 0 for other in self.running)
+            self.at_once = 1 + len(pool.busy) + sum(other.used > 0 for other in self.running)
             self._began = now - UNHEARD + BACKOFF_FIRST
         else:
             self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
@@ -1469,7 +1470,7 @@ class Checker:
         self.at_once, self.full, self._failed_at = self.pool.service.max, 0, now
 
     def lower(self) -> None:
-        """Allow fewer at once, as one was hung up on: mails, where the service is single use, else checks."""
+        """Allow fewer at once, as one more was not served: mails, where the service is single use, else checks."""
         busy = len(self.pool.busy)
         if self.pool.use is not SINGLE_USE:
             self.at_once = 1
@@ -1480,7 +1481,7 @@ class Checker:
         """Note that no more connections are served than are now."""
         self.lower()
         if any(check.used for check in self.running):
-            return  # they are to be counted, too
+            return  # that are to be counted, too
         pool, known = self.pool, self.full
         served = sum(each.used > 0 for each in (*pool.idle, *pool.held, *pool.busy))
         self.full = max(1, pool.look() if pool.use is SINGLE_USE else served)
@@ -1490,7 +1491,9 @@ class Checker:
 
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
-        check = next((check for check in self.running if not check.used), None)  # the eldest
+        check = next(iter(self.running), None)
+        if any(other.used for other in self.running):
+            check = None  # that is about to pass, and stops the elder ones
         if (check is not None and self.pool.service.newest - check.since > UNANSWERED
                 and (not self.full or len(self.running) > 2)):  # fmt: skip
             self.limit(f'no answer for {now - check.since:.1f}s')
@@ -1616,11 +1619,11 @@ class Pool:
         current = self.busy.pop(connection, self) is None  # and not from before the service went down
         self.service.answered(action, connection.since, current, now)
         connection.idle_since = now
-        if self.use is SINGLE_USE and not (self.checker.full or self.checker.running):  # more at once with each answer
+        if self.use is SINGLE_USE and not (self.checker.full or self.checker.running):  # else one more with each check
             self.checker.at_once = min(self.checker.at_once + 1, self.service.max)
         if connection.spent:
             reuse = False
-            if connection.spent is SURPLUS:
+            if connection.spent is SURPLUS and current:
                 self.said_more('more than one answer to a request', now)
         self._release(connection, reuse and current and self.use is not SINGLE_USE and now > self.once_until, now)
 
@@ -1772,7 +1775,7 @@ class Queue:
                 now = time.monotonic()
         except BaseException:  # its client left
             if waiter.connection is not None:  # handed over in the same moment
-                waiter.connection.pool.give_back(waiter.connection, unused=True)
+                waiter.connection.pool.give_back(waiter.connection, unused=waiter.connection.poll is not None)
             raise
         finally:
             waiter.leave(*waiter.pools)
@@ -1792,6 +1795,8 @@ class Queue:
     def hand_over(self, pool: Pool, now: float) -> None:
         """Give what the pool has to those who wait for it, and let it grow for the rest."""
         heap = self._heaps[pool]
+        if pool.use is SINGLE_USE and pool.checker.due(now):  # before mail takes the place
+            pool.checker.grow(now)
         while heap:
             waiter = heap[0][2]
             if pool in waiter.pools:
@@ -1998,7 +2003,7 @@ class Proxy:
                 break
             tried.append(connection.pool)
             try:
-                action = self._query(connection, request, client, deadline)
+                action = self._query(connection, request, client, deadline, tried)
             except ServiceFailure as caught:
                 failure, now = caught, time.monotonic()
                 continue
@@ -2012,7 +2017,8 @@ class Proxy:
             reason = OUT_OF_TIME
         return self._give_default(client, reason, failure, tried)
 
-    def _query(self, connection: Connection, request: bytes, client: Client, deadline: float) -> bytes:
+    def _query(self, connection: Connection, request: bytes, client: Client, deadline: float,
+               tried: Sequence[Pool]) -> bytes:  # fmt: skip
         """Pass on the answer of one service; return its action. Raises ServiceFailure, ClientFault."""
         pool, retried, used = connection.pool, False, 0
         try:
@@ -2028,7 +2034,7 @@ class Proxy:
                         raise  # the second: the service has gone down meanwhile
                     retried, used = True, connection.used
                     self.statistics.retries += 1
-                    connection = self._retry(connection, client, deadline)
+                    connection = self._retry(connection, client, deadline, tried)
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
             now = time.monotonic()
             if isinstance(error, ClientFault):
@@ -2041,20 +2047,21 @@ class Proxy:
         now, gone = time.monotonic(), client.ended
         client.answer(action)  # first: what follows would be a tenth of the latency that we add
         client.connection, connection.holder = connection, client if client.instance else None
-        if used == 1:  # what ended had answered its check alone
+        if used == 1 and connection in pool.busy:  # what ended had answered its check alone
             pool.use_once()
         # a client that had hung up may never read this: nothing more on that connection
         pool.answered(connection, action, not gone, now)
         return action
 
-    def _retry(self, connection: Connection, client: Client, deadline: float) -> Connection:
+    def _retry(self, connection: Connection, client: Client, deadline: float, tried: Sequence[Pool]) -> Connection:
         """Return what is to carry a request to the same service, in place of a connection that ended.
 
-        A new one, on its place: the first answer on that is its own. If the service is full, the next that comes free.
+        A new one, on its place: the first answer on that is its own. If others are idle, or the service is full, the
+        next that comes free.
         Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
-        if connection.used and not pool.checker.full:
+        if connection.used and not pool.checker.full and (connection.used == 1 or not pool.idle):
             connection.reopen()
             return connection
         pool.busy.pop(connection, None)
@@ -2063,6 +2070,8 @@ class Proxy:
             pool.checker.grow(now, more=True)
         pool.give_back(connection, unused=False)
         others = [other for other in self.pools.values() if other is not pool]
+        if any(other.service.state is UP for other in others if other not in tried):
+            deadline = min(deadline, now + STALLED_AFTER)
         if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
             raise Ended(DROPPED, 'it ended without an answer, and no other connection came free')
         return found

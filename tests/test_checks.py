@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -612,6 +613,22 @@ def test_a_server_that_answers_once_and_ends_the_connection_later_is_found_out(b
         retries = proxy.log.count(' answered after ')
         assert ask_all(proxy, 5, 20) == ['A'] * 100
         assert 'failed: ' not in proxy.log.replace('failed: 0', '') and retries == 0
+
+
+def test_a_worker_that_hangs_holds_up_no_check_that_is_answered_in_its_quiet_time() -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        if peer is peer.server.peers[0]:
+            peer.hang()
+        elif is_check(message):
+            time.sleep(0.075)  # so that a tick falls into the 50 ms behind its answer
+        echo(peer, message)
+
+    with stubs(*[behave] * 8) as servers, contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(ProxyProcess('-s', each.service + ':::20')) for each in servers]
+        began = time.monotonic()
+        got = in_threads(8, lambda i: ask_all(proxies[i], 1, 1))
+        assert 'default' not in [server for each in got for server in each]
+        assert time.monotonic() - began < 8 * SCALE, 'its timeout is 20 s'
 
 
 ODD: dict[str, tuple[bytes, str]] = {
