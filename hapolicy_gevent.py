@@ -1053,9 +1053,8 @@ class Connector:
         self._address, self._seconds, self._report = address, seconds, report
         self._named = family == socket.AF_UNSPEC or (family == socket.AF_INET6 and '%' in host)
         #: Families and socket addresses.
-        self._known: list[tuple[int, Any]] = [(family, host if family == socket.AF_UNIX else (host, port))]
-        if self._named:
-            self._known = []
+        where: Any = host if family == socket.AF_UNIX else (host, port)
+        self._known: list[tuple[int, Any]] = [] if self._named else [(family, where)]
         self._trouble = ''
         self._lookup: Any = None
         self._began = 0.0  # when the lookup did (monotonic seconds)
@@ -1375,8 +1374,8 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if self._pauses(now):
             return
-        again = running > 0 and now - next(reversed(self.running)).since > UNANSWERED and (
-            pool.wanting > 0 or not pool.queue.balancer.up)  # fmt: skip
+        again = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
+        again = again and (pool.wanting > 0 or not pool.queue.balancer.up)
         if pool.service.state is DOWN:
             if not self.enabled:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
@@ -1491,9 +1490,8 @@ class Checker:
 
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
-        check = next(iter(self.running), None)
-        if any(other.used for other in self.running):
-            check = None  # that is about to pass, and stops the elder ones
+        # the eldest; one that was answered is about to pass, and stops the elder ones
+        check = None if any(other.used for other in self.running) else next(iter(self.running), None)
         if (check is not None and self.pool.service.newest - check.since > UNANSWERED
                 and (not self.full or len(self.running) > 2)):  # fmt: skip
             self.limit(f'no answer for {now - check.since:.1f}s')
