@@ -588,6 +588,7 @@ class Balancer:
 
     def __init__(self, pools: Iterable[Pool]) -> None:
         self.pools = sorted(pools, key=lambda pool: pool.service.prio)
+        self._nodes = Sticky.nodes(self.pools)
         self.up = 0  # services that are up
         self.sticky: Sticky | None = None  #: makes the key of each request, if there is one
         #: For each prio what yields each turn of a cycle once, and what Sticky puts in order.
@@ -613,7 +614,7 @@ class Balancer:
             turns = list(one_cycle(pools))
             if turns:
                 cycle = functools.partial(itertools.islice, itertools.cycle(turns), len(turns))
-                self._rounds.append((cycle, Sticky.nodes(pools)))
+                self._rounds.append((cycle, [node for node in self._nodes if node[2] in pools]))
 
     def choose(self, instance: bytes, tried: Sequence[Pool], now: float, key: bytes = b'') -> Pool | None:
         """Return the pool to take a connection of, or to wait for a moment; None to wait for any.
@@ -648,7 +649,7 @@ class Balancer:
         """
         pools = self.pools
         if key:
-            pools = sorted(Sticky.order(key, Sticky.nodes(pools)), key=lambda pool: pool.service.prio)
+            pools = sorted(Sticky.order(key, self._nodes), key=lambda pool: pool.service.prio)
         there = [pool for pool in pools if pool not in tried and pool.admits(waited, now)]
         answering = there if waited >= STALLED_AFTER else [pool for pool in there if not pool.stalled(now)] or there
         if waited >= (STICKY_PATIENCE if key else PATIENCE) or not answering:
@@ -1074,9 +1075,9 @@ class Connector:
     def connect(self) -> socket.socket:
         """Return a socket connected to the first address that takes it. Raises OSError."""
         now = time.monotonic()
-        if self._named and (self._lookup is None or self._lookup.ready()):
-            self._lookup, self._began = gevent.spawn(self._look_up), now
         if self._named:
+            if self._lookup is None or self._lookup.ready():
+                self._lookup, self._began = gevent.spawn(self._look_up), now
             self._lookup.join(max(0.0, self._began + LOOKUP - now))
         failure = None if self._known else OSError(errno.EHOSTUNREACH, self._trouble or 'it is not looked up in time')
         for address in list(self._known):
@@ -1443,7 +1444,6 @@ class Checker:
         pool, service, reason = self.pool, self.pool.service, failure.reason
         self._failed_at = check.since
         pool.connector.rotate()
-        served = pool.look() or any(other.used for other in self.running)
         if reason not in JUDGED:  # a fault of ours
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
@@ -1455,13 +1455,17 @@ class Checker:
             pool.queue.balancer.update()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
-        elif (service.heard_at > check.since) if reason is LATE else served:
+        elif (service.heard_at > check.since) if reason is LATE else self._serves():
             self.limit(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
         elif (reason is LATE  # else those that began with it are to tell
               or not any(0 <= check.since - other.since <= UNANSWERED for other in self.running)):  # fmt: skip
             self.reason = reason
             service.turn(DOWN, f'its check: {reason}, {failure}', now)
+
+    def _serves(self) -> bool:
+        """Tell whether connections are open, or checks are answered, at this moment."""
+        return self.pool.look() > 0 or any(check.used for check in self.running)
 
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
@@ -2068,8 +2072,8 @@ class Proxy:
             pool.checker.grow(now, more=True)
         pool.give_back(connection, unused=False)
         others = [other for other in self.pools.values() if other is not pool]
-        if any(other.service.state is UP for other in others if other not in tried):
-            deadline = min(deadline, now + STALLED_AFTER)
+        if any(other.service.state is UP and other not in tried for other in others):
+            deadline = min(deadline, now + STALLED_AFTER)  # the next service may answer
         if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
             raise Ended(DROPPED, 'it ended without an answer, and no other connection came free')
         return found
