@@ -195,6 +195,22 @@ class Postfix:
         with self.client() as client:
             return send_in(client, sender, recipient)
 
+    @contextlib.contextmanager
+    def load(self, mails: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Send so many mails meanwhile, in four sessions at once: each has to be replied to with 250."""
+        load = subprocess.Popen(
+            ['/usr/sbin/smtp-source', '-s', '4', *options, '-m', str(mails), '-l', '500', '-f', 'alice@example.net',
+             '-t', 'bob@example.org', f'127.0.0.1:{self.port}'],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            yield load
+            said, _ = load.communicate(timeout=120 * SCALE)
+        finally:
+            load.kill()
+            load.wait()
+        assert (load.returncode, said) == (0, b''), 'a mail was not replied to with 250'
+
     def __enter__(self) -> Postfix:
         try:
             self.command('start')

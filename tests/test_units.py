@@ -106,20 +106,13 @@ def test_six_kills_in_a_row_are_recovered_from(host: Host) -> None:
     assert (Path(host.path).stat().st_ino, host.show('NRestarts')) == (inode, '6')
 
 
-def test_kills_under_load_cost_no_request(host: Host) -> None:
+@pytest.mark.parametrize(('command', 'times'), [('kill --signal=KILL', 2), ('restart', 3)])
+def test_kills_and_restarts_under_load_cost_no_request(host: Host, command: str, times: int) -> None:
     """Postfix's second try, a second later, is answered by the next process."""
     host.machine.run('systemctl start hapolicy')
     with SmtpdLoad(host.path) as load:
-        for _ in range(2):
-            host.machine.run('systemctl kill --signal=KILL hapolicy')
-            load.flows()
-
-
-def test_a_restart_under_load_costs_no_request(host: Host) -> None:
-    host.machine.run('systemctl start hapolicy')
-    with SmtpdLoad(host.path) as load:
-        for _ in range(3):
-            host.machine.run('systemctl restart hapolicy')
+        for _ in range(times):
+            host.machine.run(f'systemctl {command} hapolicy')
             load.flows()
 
 
