@@ -70,7 +70,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import heapq
 import itertools
 import math
 import os
@@ -84,7 +83,7 @@ import time
 import traceback
 import warnings
 import zlib
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import add, sub
@@ -288,15 +287,15 @@ def clean_action(action: bytes) -> bytes:
     return action.translate(VISIBLE).decode('utf-8', 'replace').replace('\ufffd', '?').encode()
 
 
-def parse_answer(data: bytes, closed: bool = False) -> tuple[bytes, bool] | None:
+def parse_answer(data: bytes, closed: bool = False, start: int = 0) -> tuple[bytes, bool] | None:
     """Return the action of an answer and whether more than an answer came, or None while it is incomplete.
 
     Read as Postfix reads it: other lines are skipped, the first `action` counts. LF or CRLF. Empty lines behind an
-    answer are no more; `closed` says that nothing will follow. Raises InvalidAnswer.
+    answer are no more. `closed`: nothing will follow; `start` skips what was seen before. Raises InvalidAnswer.
     """
     if len(data) > MAX_MESSAGE:
         raise InvalidAnswer(f'an answer over {MAX_MESSAGE} bytes')
-    end = end_of_message(data)
+    end = end_of_message(data, start)
     if not end and not closed:
         return None
     for line in data[: end or data.rfind(b'\n') + 1].split(b'\n'):
@@ -981,6 +980,8 @@ class Wire:
 
         Raises OSError.
         """
+        if not self._watcher.active:
+            self.watch()
         self._waits = True
         try:
             SWITCH_TO(self._hub)
@@ -992,17 +993,15 @@ class Wire:
         except BlockingIOError:
             return None
 
-    def send(self, data: bytes) -> bool:
-        """Send all of `data`, return whether that took a while; the caller bounds the time. Raises OSError."""
+    def send(self, data: bytes) -> None:
+        """Send all of `data`; the caller bounds the time. Raises OSError."""
         send = self._send
         try:
             sent = send(data)
         except BlockingIOError:
             sent = 0
-        if sent == len(data):
-            return False
-        self.socket.sendall(data[sent:])
-        return True
+        if sent != len(data):
+            self.socket.sendall(data[sent:])
 
     def close(self) -> None:
         """Close the socket and free its watcher; more than once does no harm."""
@@ -1172,8 +1171,7 @@ class Connection(Wire):
             if self.poll is None:
                 self.open()
             sent = True
-            if self.send(request):
-                self.watch()  # for what came meanwhile
+            self.send(request)
             while (chunk := self.receive()) != b'':
                 if not chunk:
                     continue
@@ -1193,7 +1191,7 @@ class Connection(Wire):
         self.spent = ENDED
         if not self._data:
             raise (Ended if self.used else ServiceFailure)(DROPPED, 'it hung up without an answer')
-        return self._parse(closed=True) or b''
+        return self._take_in(b'', closed=True) or b''
 
     def _see_silence(self, now: float) -> None:
         """See that nothing came since its last answer. Raises Ended.
@@ -1217,19 +1215,13 @@ class Connection(Wire):
         reason = LATE if timer.seconds > self.pool.service.timeout / 2 else DEADLINE
         raise ServiceFailure(reason, f'no answer within {timer.seconds:.3g}s') from None
 
-    def _take_in(self, chunk: bytes) -> bytes | None:
+    def _take_in(self, chunk: bytes, closed: bool = False) -> bytes | None:
+        """Return the action if the answer is whole, or ends here. Raises ServiceFailure."""
         seen = len(self._data)
-        if seen:
-            self._data += chunk
-            if not end_of_message(self._data, max(1, seen - 2)) and len(self._data) <= MAX_MESSAGE:
-                return None  # all of one that drips is not to be read again at each drop
-        else:  # behind the last answer, an empty line too many may have come late
-            self._data = chunk.lstrip(LINE_ENDS) if self.used else chunk
-        return self._parse() if self._data else None
-
-    def _parse(self, closed: bool = False) -> bytes | None:
+        # behind the last answer, an empty line too many may have come late
+        self._data = self._data + chunk if seen or not self.used else chunk.lstrip(LINE_ENDS)
         try:
-            answer = parse_answer(self._data, closed)
+            answer = parse_answer(self._data, closed, max(0, seen - 2))
         except InvalidAnswer as error:
             raise ServiceFailure(DROPPED if closed else INVALID, str(error)) from None
         if answer is None:
@@ -1239,23 +1231,19 @@ class Connection(Wire):
         self.spent = SURPLUS if more else self.spent
         return action
 
-    def check(self, left: float = math.inf) -> tuple[str, bytes]:
+    def check(self) -> tuple[str, bytes]:
         """Ask our own question; return what came behind the answer, as look() does, and the action.
 
         Asked anew if the server hangs up, or answers rubbish: once proves nothing. Raises ServiceFailure.
         """
-        end = self.since + min(left, self.pool.service.timeout)
+        self.user, end = getcurrent(), self.since + self.pool.service.timeout
         try:
-            return self._check(end - self.since)
+            action = self.ask(CHECK, self.since)
         except ServiceFailure as failure:
             if failure.reason not in (DROPPED, INVALID):
                 raise
-        self.reopen()
-        return self._check(end - self.since)
-
-    def _check(self, left: float) -> tuple[str, bytes]:
-        self.user = getcurrent()
-        action = self.ask(CHECK, time.monotonic(), left)
+            self.reopen()
+            action = self.ask(CHECK, self.since, end - self.since)
         self.pool.service.check_answered(self.since, time.monotonic())
         said = self.spent or self.listen(QUIET)
         self.idle_since = self.silent_at = time.monotonic()
@@ -1376,7 +1364,7 @@ class Checker:
         if self._pauses(now):
             return
         again = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
-        again = again and (pool.wanting > 0 or not pool.queue.balancer.up)
+        again = again and (bool(pool.waiting) or not pool.queue.balancer.up)
         if pool.service.state is DOWN:
             if not self.enabled:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
@@ -1385,9 +1373,9 @@ class Checker:
         elif not self.enabled:
             return
         else:
-            single = pool.use is SINGLE_USE and not running and pool.wanting > 0  # more at once?
+            single = pool.use is SINGLE_USE and not running and bool(pool.waiting)  # more at once?
             more = more or self.due(now) or again or single
-            number = min(max(pool.wanting if pool.use is CHECKED else 0, running + more), self.at_once + again)
+            number = min(max(len(pool.waiting) if pool.use is CHECKED else 0, running + more), self.at_once + again)
         if again:  # what those met may be workers that hang; but the eldest is answered first if the server goes on
             pool.connector.rotate()
             if running >= number:
@@ -1515,7 +1503,7 @@ class Pool:
         self.service, self.queue = service, queue
         self.use = CHECKED if checked else UNCHECKED
         self.places = service.max  # mails at once
-        self.wanting = 0  # requests that wait for a connection of it
+        self.waiting: list[Waiter] = []  # requests that wait for a connection of it, first come first
         self.idle: list[Connection] = []  # the most recently used last
         self.held: dict[Connection, None] = {}  # the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
@@ -1569,7 +1557,7 @@ class Pool:
         if self.service.state is UP:
             return True
         asked = [next(iter(each)).since for each in (self.busy, self.checker.running) if each]
-        return self.places > 0 and (len(self.busy) + self.wanting < self.places
+        return self.places > 0 and (len(self.busy) + len(self.waiting) < self.places
                                     or all(now - since < TRIAL_PATIENCE - waited for since in asked))  # fmt: skip
 
     def ready(self, now: float, patience: float = PATIENCE) -> bool:
@@ -1598,7 +1586,7 @@ class Pool:
                 del self.held[own]
             elif self.idle:
                 connection = self.idle.pop()
-            elif self.held and not (self.wanting and self.open < MAX_IDLE and self.checker.growing(now)):
+            elif self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now)):
                 connection = next(iter(self.held))
                 del self.held[connection]
                 short = now - connection.idle_since < HOLD and self.open < MAX_IDLE and not self.checker.running
@@ -1636,7 +1624,7 @@ class Pool:
         service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
         if self.busy.pop(connection, self) is None:  # and not from before it went down
             alone = self.queue.balancer.up == (service.state is UP)
-            service.mail_failed(failure.reason, connection.since, alone, self.wanting > 0, now)
+            service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
             self.checker.grow(now)
         self._release(connection, False, now)
 
@@ -1651,7 +1639,7 @@ class Pool:
             self.idle.append(connection)
         else:
             self.held[connection] = None
-        if self.wanting:
+        if self.waiting:
             self.queue.hand_over(self, now)
 
     def let_go(self, connection: Connection, client: Client) -> None:
@@ -1699,7 +1687,7 @@ class Pool:
         So is the eldest, every two seconds, once a check has passed since the last.
         """
         there = [*self.idle, *self.held, *self.busy]
-        if now >= self.give_up_at and len(there) > (0 if self.wanting or self.checker.full else 1):
+        if now >= self.give_up_at and len(there) > (0 if self.waiting or self.checker.full else 1):
             self.give_up_at = math.inf
             free = self.idle or [connection for connection in self.held if now - connection.idle_since >= HOLD]
             min(free or there, key=lambda connection: connection.expires).expires = now
@@ -1736,23 +1724,17 @@ class Waiter:
     def leave(self, *pools: Pool) -> None:
         """Wait no more for some pools."""
         for pool in pools:
-            pool.wanting -= 1
+            pool.waiting.remove(self)
             self.pools.remove(pool)
 
 
 class Queue:
-    """The requests that wait for a connection: first come, first served. It ties services, pools and balancer.
-
-    Each pool has a heap of those that wait for it, in order of arrival. Who is done is marked, and never searched for.
-    """
+    """The requests that wait for a connection: first come, first served. It ties services, pools and balancer."""
 
     def __init__(self, services: Sequence[Service], log: Log, checked: bool = True) -> None:
         self.log = log
         self.pools = {service: Pool(service, self, checked) for service in services}
-        self.waiters: set[Waiter] = set()
-        self._heaps: dict[Pool, list[tuple[float, int, Waiter]]] = {pool: [] for pool in self.pools.values()}
-        self._numbers = itertools.count()
-        self.balancer = Balancer(self._heaps)
+        self.balancer = Balancer(self.pools.values())
         for service in services:
             service.changed = self.changed
 
@@ -1763,7 +1745,6 @@ class Queue:
         The first is what the balancer chose: it is waited for alone, for a moment.
         """
         waiter, now = Waiter(client), since
-        self.waiters.add(waiter)
         try:
             while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now, client.key)):
                 self._join(waiter, pools, now)
@@ -1781,50 +1762,42 @@ class Queue:
             raise
         finally:
             waiter.leave(*waiter.pools)
-            self.waiters.discard(waiter)
         return waiter.connection
 
     def _join(self, waiter: Waiter, pools: Sequence[Pool], now: float) -> None:
         for pool in pools:
             if pool not in waiter.pools:
                 waiter.pools.append(pool)
-                pool.wanting += 1
-                heapq.heappush(self._heaps[pool], (waiter.client.asked, next(self._numbers), waiter))
+                insort(pool.waiting, waiter, key=lambda each: each.client.asked)
         for pool in pools:
             if waiter.connection is None:
                 self.hand_over(pool, now)
 
     def hand_over(self, pool: Pool, now: float) -> None:
         """Give what the pool has to those who wait for it, and let it grow for the rest."""
-        heap = self._heaps[pool]
         if pool.use is SINGLE_USE and pool.checker.due(now):  # before mail takes the place
             pool.checker.grow(now)
-        while heap:
-            waiter = heap[0][2]
-            if pool in waiter.pools:
-                connection = pool.take(waiter.client, now)
-                if connection is None:
-                    break
-                waiter.connection = connection
-                waiter.leave(*waiter.pools)
-                waiter.woken.set()
-            heapq.heappop(heap)
-        if pool.wanting:
-            pool.checker.grow(now)
+        while pool.waiting:
+            waiter = pool.waiting[0]
+            waiter.connection = pool.take(waiter.client, now)
+            if waiter.connection is None:
+                return pool.checker.grow(now)
+            waiter.leave(*waiter.pools)
+            waiter.woken.set()
 
     def changed(self, service: Service, text: str, now: float) -> None:
         """Do what follows from a change of a service's state: a request that it concerns chooses again."""
         self.log(WARNING, text)
         pool = self.pools[service]
         self.balancer.update()
-        concerned = self.waiters
+        concerned = {waiter for each in self.pools.values() for waiter in each.waiting}
         if service.state is DOWN:
             pool.reset()
             pool.checker.reset(now)
-            concerned = {waiter for waiter in self.waiters if pool in waiter.pools}
+            concerned = {*pool.waiting}
+            pool.waiting.clear()
             for waiter in concerned:
-                waiter.leave(pool)
-            self._heaps[pool].clear()
+                waiter.pools.remove(pool)
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
         elif service.state is UP:
@@ -1834,16 +1807,6 @@ class Queue:
                 pool.report(f'fails its checks ({pool.checker.reason}), but answers mail: it is used without checks')
         for waiter in concerned:
             waiter.woken.set()
-
-    def prune(self, now: float) -> None:
-        """Close idle connections, and forget who is done."""
-        for pool, heap in self._heaps.items():
-            pool.prune(now)
-            if pool.wanting:
-                self.hand_over(pool, now)
-            if len(heap) > 2 * pool.wanting + 100:
-                heap[:] = [entry for entry in heap if pool in entry[2].pools]
-                heapq.heapify(heap)
 
 
 # ---------------------------------------------------------------------------
@@ -1894,8 +1857,6 @@ class Client(Wire):
         buffer = self._buffer
         if buffer.data:
             gevent.sleep(0)  # one that pipelines lets the others have their turn
-            if not self.ended and len(buffer.data) <= MAX_MESSAGE:
-                self.watch()
         request = buffer.take() if buffer.data else None
         while not (buffer.data or request or self.ended):
             data = self.receive()
@@ -2162,9 +2123,11 @@ class Proxy:
                 gevent.get_hub().handle_error(self, *sys.exc_info())
 
     def _each_second(self, now: float) -> None:
-        self.queue.prune(now)
         for service, pool in self.pools.items():
             service.tally.read()
+            pool.prune(now)
+            if pool.waiting:
+                self.queue.hand_over(pool, now)
             if pool.stalled(now):
                 if service not in self.stalled:
                     self.stalled[service] = now - self.silence(pool, now)
@@ -2334,7 +2297,7 @@ class Status:
             'stalled': stalled, 'silent': round(silent, 3), 'verdicts': service.tally.read()[1],
             'full': pool.checker.full or None, 'last_failure': f'{ago(failure[0])}: {failure[1]}' if failure else None,
             'in_flight': len(pool.busy), 'idle_connections': len(pool.idle) + len(pool.held),
-            'waiting': pool.wanting, 'checks': len(pool.checker.running),
+            'waiting': len(pool.waiting), 'checks': len(pool.checker.running),
             'requests_per_second': round((answered + failed) / max(1.0, seconds), 2),  # of the first moments as of one
             'share': round(answered / total, 4) if total else None,
             **slow, 'latency': [f'{name} {duration(bound)}' for name, bound in slow.items()],

@@ -143,8 +143,7 @@ class ModelQueue(Queue):
     model: Model
 
     def hand_over(self, pool: Pool, now: float) -> None:
-        heap = sorted(self._heaps[pool], key=lambda entry: entry[:2])
-        before = [waiter for _, _, waiter in heap if pool in waiter.pools]
+        before = [*pool.waiting]
         super().hand_over(pool, now)
         served = [waiter.connection is not None for waiter in before]
         assert served == sorted(served, reverse=True), 'one that came later was served first'
@@ -412,7 +411,7 @@ class Model(RuleBasedStateMachine):
                         pool.checker.failed(check, ServiceFailure(LATE, 'no answer'), self.clock.now)
             self.tick()
             if int(self.clock.now) != int(self.clock.now - TICK):
-                self.queue.prune(self.clock.now)
+                self.proxy._each_second(self.clock.now)
             self.run()
 
     @rule()
@@ -423,9 +422,8 @@ class Model(RuleBasedStateMachine):
             self.servers_serve()
             self.time_passes(0.5)
         assert not self.requests, 'some request was never answered'
-        assert not self.queue.waiters
         for pool in self.pools:
-            assert not pool.busy and pool.wanting == 0, 'a place is lost'
+            assert not pool.busy and not pool.waiting, 'a place is lost'
 
     @rule()
     def a_well_server_is_found_again(self) -> None:
