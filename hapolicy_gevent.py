@@ -1407,21 +1407,21 @@ class Checker:
         if self.running.pop(check, None) is None:
             return
         pool = self.pool
-        self._failed_at, self.backoff, self.reason = -math.inf, BACKOFF_FIRST, ''
+        self._failed_at, self.backoff, self.reason, self.heard_more = -math.inf, BACKOFF_FIRST, '', said is SURPLUS
+        if said is SURPLUS:
+            pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until
-        if single and pool.use is CHECKED:  # as many at once as were answered; and once proves little: soon again
-            self.at_once = 1 + len(pool.busy) + sum(other.used > 0 for other in self.running)
-            self._began = now - UNHEARD + BACKOFF_FIRST
+        if single and pool.use is not SINGLE_USE:
+            self._began = now - UNHEARD + BACKOFF_FIRST  # once proves little: soon again
+            pool.use_once()
         else:
             self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
         self.full = self.full if self.at_once < pool.service.max else 0
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
-        if said is SURPLUS:
-            pool.said_more('more after the answer to its check', now)
-        pool.use, self.heard_more = SINGLE_USE if single else CHECKED, said is SURPLUS
         pool.give_up_at = min(pool.give_up_at, now + pool.give_up_pace)
         pool.service.check_passed(now)
         if not single:
+            pool.use = CHECKED
             pool.idle.append(check)
         pool.queue.hand_over(pool, now)
 
@@ -1443,7 +1443,7 @@ class Checker:
             pool.queue.balancer.update()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
-        elif (service.heard_at > check.since) if reason is LATE else self._serves():
+        elif (service.heard_at > check.since) if reason is LATE else (pool.look() or self.answered):
             self.limit(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
         elif (reason is LATE  # else those that began with it are to tell
@@ -1451,9 +1451,10 @@ class Checker:
             self.reason = reason
             service.turn(DOWN, f'its check: {reason}, {failure}', now)
 
-    def _serves(self) -> bool:
-        """Tell whether connections are open, or checks are answered, at this moment."""
-        return self.pool.look() > 0 or any(check.used for check in self.running)
+    @property
+    def answered(self) -> int:
+        """Checks that are answered, and about to pass."""
+        return sum(check.used > 0 for check in self.running)
 
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
@@ -1471,11 +1472,10 @@ class Checker:
     def limit(self, why: str) -> None:
         """Note that no more connections are served than are now."""
         self.lower()
-        if any(check.used for check in self.running):
+        if self.answered:
             return  # that are to be counted, too
         pool, known = self.pool, self.full
-        served = sum(each.used > 0 for each in (*pool.idle, *pool.held, *pool.busy))
-        self.full = max(1, pool.look() if pool.use is SINGLE_USE else served)
+        self.full = max(1, pool.look())
         if not known and self.full < pool.service.max:
             pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
                         f' set its max to {self.full}, or give it more workers')  # fmt: skip
@@ -1483,7 +1483,7 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         # the eldest; one that was answered is about to pass, and stops the elder ones
-        check = None if any(other.used for other in self.running) else next(iter(self.running), None)
+        check = None if self.answered else next(iter(self.running), None)
         if (check is not None and self.pool.service.newest - check.since > UNANSWERED
                 and (not self.full or len(self.running) > 2)):  # fmt: skip
             self.limit(f'no answer for {now - check.since:.1f}s')
@@ -1675,9 +1675,9 @@ class Pool:
         self.use_once()
 
     def use_once(self) -> None:
-        """Use each connection for one mail only, until a check tells otherwise; as many at once as are open now."""
-        if self.use is CHECKED:
-            self.use, self.checker.at_once = SINGLE_USE, max(1, self.open)
+        """Use each connection for one mail only, until a check tells otherwise; as many at once as are served now."""
+        if self.checker.enabled and self.use is not SINGLE_USE:
+            self.use, self.checker.at_once = SINGLE_USE, max(1, self.open + self.checker.answered)
             self.checker.stop()
         self._close(*self.idle, *self.held)
 
