@@ -380,9 +380,6 @@ def parse_address(text: str) -> tuple[Address, list[str]]:
 class Settings:
     """What the options say of one policy server, and what it was asked and answered."""
 
-    __slots__ = ('address', 'answers', 'failures', 'fall', 'max', 'name', 'prio', 'queries', 'stall', 'tally',
-                 'timeout', 'weight')  # fmt: skip
-
     def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
                  timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
         self.name, self.address, self.prio, self.weight = name, address, prio, weight
@@ -411,19 +408,20 @@ class Service(Settings):
     another service that is up: what a stranger can send is no proof.
     """
 
-    __slots__ = ('answered_at', 'blamed', 'changed', 'checked_at', 'failed_at', 'in_a_row', 'late_in_a_row', 'newest',
-                 'since', 'state', 'why')  # fmt: skip
+    state = UP
+    why = 'never down'
+    blamed = False  #: mail took it down, or put it on trial: it stays on trial until mail is answered
+    in_a_row = 0  #: mails that failed since one was answered,
+    late_in_a_row = 0  #: and those that failed by a timeout
+    # monotonic seconds
+    since = 0.0  #: when the state changed
+    answered_at = 0.0  #: when a mail was answered last,
+    checked_at = 0.0  #: when a check was answered last,
+    failed_at = 0.0  #: and when a mail failed last
+    newest = 0.0  #: when the youngest request was sent that was answered
 
-    def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
-                 timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
-        super().__init__(name, address, prio, weight, timeout, maximum)
-        self.state, self.since, self.why = UP, 0.0, 'never down'
-        self.blamed = False  # mail took it down, or put it on trial: it stays on trial until mail is answered
-        self.in_a_row = self.late_in_a_row = 0  # mails that failed since one was answered; and the late
-        # when a mail was answered last, a check was, and a mail failed (monotonic seconds)
-        self.answered_at = self.checked_at = self.failed_at = 0.0
-        self.newest = 0.0  # when the youngest request was sent that was answered
-        self.changed: Callable[[Service, str, float], None] = lambda service, text, now: None
+    #: Does what follows from a change of the state.
+    changed: Callable[[Service, str, float], None] = staticmethod(lambda service, text, now: None)
 
     @property
     def heard_at(self) -> float:
