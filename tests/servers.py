@@ -121,6 +121,11 @@ class FewAtATime(PolicyServerStub):
         self._free, self._end = limit, end
         super().__init__(behaviour)
 
+    def take_place(self) -> None:
+        """Have one place less from now on, as if someone else held it."""
+        with self._lock:
+            self._free -= 1
+
     def _serve(self, peer: Peer) -> None:
         with self._lock:
             self._free -= 1

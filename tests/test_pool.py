@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import socket
 import threading
 import time
+from collections import Counter
 
 import gevent
 import pytest
@@ -26,12 +28,15 @@ from hapolicy_gevent import (
     StreamSink,
     parse_service,
 )
-from tests.servers import FewAtATime
+from tests.servers import FewAtATime, closes_after, for_sender
 from tests.support import (
     SCALE,
     Behaviour,
+    HangUp,
     Peer,
+    PolicyServerStub,
     ProxyProcess,
+    attributes,
     echo,
     hang,
     hang_up,
@@ -274,3 +279,94 @@ def test_the_next_address_of_a_name_is_taken_where_the_first_fails_its_check(
         while not pool.idle and time.monotonic() < give_up:
             gevent.sleep(0.05)
         assert pool.idle and pool.service.state == 'up' and sick.checks and well.checks
+
+
+@pytest.mark.parametrize('others', [True, False])
+def test_a_request_that_is_sent_again_waits_long_for_a_full_server_only_where_no_other_is_up(others: bool) -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        if attributes(message)['sender'] == 'hung up on' and not ended:
+            ended.append(peer)
+            full.take_place()
+            raise HangUp
+        for_sender('slow', slow(10))(peer, message)
+
+    ended: list[Peer] = []
+    full = FewAtATime(2, behave)
+    with full as a, PolicyServerStub(name='B') as b:
+        further = ['-s', b.service + ':20'] if others else []
+        with ProxyProcess('-s', a.service, *further) as proxy, proxy.client(60) as held, proxy.client(60) as client:
+            in_threads(8, lambda _: proxy.client().ask_own())
+            proxy.logged('is full')
+            wait_until(lambda: a.open == 2, what='two connections')
+            held.send(request(sender='slow', instance=new_instance()))
+            wait_until(lambda: b'sender=slow\n' in b''.join(a.requests))
+            began = time.monotonic()
+            instance = new_instance()
+            action = client.ask(request(sender='hung up on', instance=instance))
+            waited = time.monotonic() - began
+            assert ended and action == f'DUNNO {instance} {"B" if others else "A"}'
+            assert (waited < 6) is others
+
+
+def test_a_request_is_sent_again_on_a_connection_that_is_there() -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        if attributes(message)['sender'] == 'hung up on':
+            delivered.append(peer)
+            if len(delivered) == 1:
+                raise HangUp
+        time.sleep(0.1)
+        echo(peer, message)
+
+    delivered: list[Peer] = []
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        in_threads(3, lambda _: proxy.client().ask_own())
+        peers = [*a.peers]
+        client.ask(request(sender='hung up on', instance=new_instance()))
+        first, second = delivered
+        assert first is not second and second in peers
+
+
+class RefusesBeyond(PolicyServerStub):
+    """Listens while it has fewer connections than its limit."""
+
+    def __init__(self, limit: int, behaviour: Behaviour) -> None:
+        self._limit, self._lock = limit, threading.Lock()
+        super().__init__(behaviour)
+
+    def _begin(self, peer: Peer) -> None:
+        with self._lock:
+            if self.open >= self._limit and self._listener is not None:
+                self._listener.close()
+                self._listener = None
+        super()._begin(peer)
+
+    def _serve(self, peer: Peer) -> None:
+        super()._serve(peer)
+        with self._lock:
+            if self._listener is None and self.open < self._limit:
+                self.start()
+
+
+@pytest.mark.parametrize('behaviour', [slow(0.005), closes_after(1, slow(0.005))], ids=['keeps', 'single use'])
+def test_a_server_that_refuses_connections_beyond_a_few_is_full_and_not_down(behaviour: Behaviour) -> None:
+    with RefusesBeyond(5, behaviour) as a, ProxyProcess('-s', a.service) as proxy:
+        got = Counter(itertools.chain(*in_threads(20, lambda _: [proxy.client().ask_own() for _ in range(30)])))
+        assert got['A'] > 0.97 * 600, got
+        assert 'is down' not in proxy.log
+
+
+def test_a_single_use_service_at_its_max_is_checked_before_mail_takes_the_place() -> None:
+    pool = pool_of('A=127.0.0.1:1::::1')
+    queue, now = pool.queue, time.monotonic()
+    pool.use = hapolicy_gevent.SINGLE_USE
+    pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
+    pool.waiting.append(hapolicy_gevent.Waiter(hapolicy_gevent.Client(socket.socketpair()[0])))
+    pool.waiting[0].pools.append(pool)
+    pool.checker._began = now  # a check was made
+    queue.hand_over(pool, now + 1)
+    assert not pool.checker.running and len(pool.busy) == 1
+    pool.busy.clear()
+    pool.waiting.append(hapolicy_gevent.Waiter(hapolicy_gevent.Client(socket.socketpair()[0])))
+    pool.waiting[0].pools.append(pool)
+    queue.hand_over(pool, now + 31)
+    assert len(pool.checker.running) == 1 and not pool.busy
