@@ -1312,13 +1312,15 @@ class Checker:
 
     A service is *full* when it serves some connections and lets a further check wait, or ends it: a prefork server
     whose children are all taken, or a limit. Then one check at a time is made, and twice as many after each that
-    passes; of single use it is the mails that are fewer, and one more after each. Full is not down.
+    passes. Of single use it is the mails that are fewer, and one more after each check, or, where a hang-up did not
+    last, after each round of answers. Full is not down.
     """
 
     def __init__(self, pool: Pool, enabled: bool) -> None:
         self.pool, self.enabled = pool, enabled
         self.running: dict[Connection, Any] = {}  # each check and its greenlet
-        self.at_once = pool.service.max  # checks at once, or mails of single use: fewer while the service is full
+        #: Checks at once, or mails of single use: fewer while the service is full.
+        self.at_once: float = pool.service.max
         self.full = 0  # how many connections it served when it was found full; 0: it is not
         self.heard_more = False  # the last check had more than its answer: perhaps it speaks before it is asked
         self.reason = ''  # why the last check failed
@@ -1372,8 +1374,8 @@ class Checker:
             return
         else:
             single = pool.use is SINGLE_USE and not running and bool(pool.waiting)  # more at once?
-            more = more or self.due(now) or again or single
-            number = min(max(len(pool.waiting) if pool.use is CHECKED else 0, running + more), self.at_once + again)
+            wanted = running + (more or self.due(now) or again or single)
+            number = min(max(len(pool.waiting) if pool.use is CHECKED else 0, wanted), int(self.at_once) + again)
         if again:  # what those met may be workers that hang; but the eldest is answered first if the server goes on
             pool.connector.rotate()
             if running >= number:
@@ -1529,7 +1531,7 @@ class Pool:
     def opens(self) -> bool:
         """Whether a mail may open a connection, without a check."""
         at_most = self.checker.at_once if self.use is SINGLE_USE else self.service.max
-        return self.unchecked and self.room > 0 and len(self.busy) < at_most
+        return self.unchecked and self.room > 0 and len(self.busy) + 1 <= at_most
 
     @property
     def give_up_pace(self) -> float:
@@ -1607,8 +1609,8 @@ class Pool:
         current = self.busy.pop(connection, self) is None  # and not from before the service went down
         self.service.answered(action, connection.since, current, now)
         connection.idle_since = now
-        if self.use is SINGLE_USE and not (self.checker.full or self.checker.running):  # else one more with each check
-            self.checker.at_once = min(self.checker.at_once + 1, self.service.max)
+        if self.use is SINGLE_USE and not self.checker.full:  # else one more with each check
+            self.checker.at_once = min(self.checker.at_once + 1 / self.checker.at_once, self.service.max)
         if connection.spent:
             reuse = False
             if connection.spent is SURPLUS and current:

@@ -355,6 +355,18 @@ def test_a_server_that_refuses_connections_beyond_a_few_is_full_and_not_down(beh
         assert 'is down' not in proxy.log
 
 
+@pytest.mark.parametrize('full', [0, 2])
+def test_a_single_use_service_gets_more_mails_at_once_after_a_round_of_answers_unless_it_is_full(full: int) -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.use, pool.checker.at_once, pool.checker.full = hapolicy_gevent.SINGLE_USE, 2, full
+    pool.checker.running[Connection(pool, now)] = None  # as after each hang-up
+    for _ in range(3):
+        connection = Connection(pool, now)
+        pool.busy[connection] = None
+        pool.answered(connection, b'DUNNO', True, now)
+    assert int(pool.checker.at_once) == (2 if full else 3)
+
+
 def test_a_single_use_service_at_its_max_is_checked_before_mail_takes_the_place() -> None:
     pool = pool_of('A=127.0.0.1:1::::1')
     queue, now = pool.queue, time.monotonic()
