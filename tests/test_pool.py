@@ -382,3 +382,22 @@ def test_a_single_use_service_at_its_max_is_checked_before_mail_takes_the_place(
     pool.waiting[0].pools.append(pool)
     queue.hand_over(pool, now + 31)
     assert len(pool.checker.running) == 1 and not pool.busy
+
+
+def test_the_only_server_is_up_again_though_the_first_check_of_its_return_meets_a_worker_that_hangs() -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        if returned.is_set() and not hung.is_set():
+            hung.set()
+            peer.hang()
+        echo(peer, message)
+
+    returned, hung = threading.Event(), threading.Event()
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::40') as proxy, proxy.client() as client:
+        assert client.ask_own() == 'A'
+        a.stop()
+        proxy.logged('is down')
+        returned.set()
+        a.start()
+        began = time.monotonic()
+        wait_until(lambda: client.ask_own() == 'A', 60, 'a verdict')
+        assert hung.is_set() and time.monotonic() - began < 15, 'the check that hangs takes 40 s'
