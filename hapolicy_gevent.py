@@ -214,8 +214,8 @@ class Ended(ServiceFailure):
 
 
 EMPTY_LINE = re.compile(rb'\n\r?\n').search
-#: An answer as nearly all are: one line of printable ASCII, no number first, no blank last.
-PLAIN_ANSWER = re.compile(rb'action=([!-/:-~](?:[ -~]*[!-~])?)\n\n').fullmatch
+#: An answer as nearly all are: one line of printable ASCII, no number or blank first.
+PLAIN_ANSWER = re.compile(rb'action=([!-/:-~][ -~]*)\n\n').fullmatch
 LINE_ENDS = b'\r\n'
 CONTROLS = bytes(range(SPACE + 1)) + b'\x7f'  # and the blank
 #: Control characters become '?', but for a tab.
@@ -440,8 +440,8 @@ class Service(Settings):
     def answered(self, action: bytes, since: float, current: bool, now: float) -> None:
         """Count an answer to a mail that was sent at `since`; it says something of the state if that is current."""
         self.answers += 1
-        add = self.tally.add
-        add((now - since, action))
+        self.tally.add_seconds(now - since)
+        self.tally.add_action(action)
         if current:
             self.answered_at = now
             if since > self.newest:
@@ -713,8 +713,10 @@ class Tally:
         self._counts = [0] * (len(self.BOUNDS) + 1)
         self._verdicts = dict.fromkeys(VERDICTS, 0)
         self._sum = 0.0
-        self._added: list[tuple[float, bytes]] = []
-        self.add = self._added.append  #: counts an answer: its seconds and its action
+        self._seconds: list[float] = []
+        self._actions: list[bytes] = []
+        #: Both count an answer. Two lists: pairs would have the garbage collector look at them.
+        self.add_seconds, self.add_action = self._seconds.append, self._actions.append
         self.failed = [0] * (len(self.BOUNDS) + 1)  # queries without an answer, by bound
         self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
 
@@ -725,12 +727,13 @@ class Tally:
 
     def read(self) -> tuple[list[int], dict[str, int], float]:
         """Return answers by bound, answers by verdict, and the seconds of all."""
-        for seconds, _ in self._added:
-            self._counts[bisect_left(self.BOUNDS, seconds)] += 1
-            self._sum += seconds
-        for word, number in Counter([action.partition(b' ')[0] for _, action in self._added]).items():
+        for bound, number in Counter(map(functools.partial(bisect_left, self.BOUNDS), self._seconds)).items():
+            self._counts[bound] += number
+        for word, number in Counter([action.partition(b' ')[0] for action in self._actions]).items():
             self._verdicts[verdict(word)] += number
-        self._added.clear()
+        self._sum += sum(self._seconds)
+        self._seconds.clear()
+        self._actions.clear()
         return self._counts, self._verdicts, self._sum
 
 
@@ -939,7 +942,7 @@ class Wire:
     becomes readable while nobody waits goes to unexpected().
     """
 
-    __slots__ = ('_hub', '_recv', '_send', '_waits', '_watcher', 'socket', 'user')
+    __slots__ = ('_hub', '_recv', '_send', '_waits', '_watcher', 'paused', 'socket', 'user')
 
     _recv: Callable[[int], bytes]
 
@@ -956,7 +959,8 @@ class Wire:
         self.user = getcurrent()  #: the greenlet that receives: asked for at each receive() it would cost 0.1 us
         self._waits = False
         self._watcher: Any = self._hub.loop.io(sock.fileno(), READ)
-        self._watcher.start(self._readable)
+        self.paused = True
+        self.watch()
 
     def _readable(self) -> None:
         if self._waits:
@@ -968,17 +972,23 @@ class Wire:
         """Called in the hub when there is something to receive and nobody waits: must not block."""
         raise NotImplementedError
 
+    def pause(self) -> None:
+        """Leave what comes in the kernel until the next receive()."""
+        self._watcher.stop()
+        self.paused = True
+
     def watch(self) -> None:
-        """Go on to see what is there to receive, after unexpected() stopped that."""
-        if not self._watcher.active:
+        """See what is there to receive."""
+        if self.paused:
             self._watcher.start(self._readable)
+            self.paused = False
 
     def receive(self) -> bytes | None:
         """Sleep until there is something to receive; return it, b'' at the end, None if woken for nothing.
 
         Raises OSError.
         """
-        if not self._watcher.active:
+        if self.paused:
             self.watch()
         self._waits = True
         try:
@@ -1158,7 +1168,7 @@ class Connection(Wire):
         Within the service's timeout, or the seconds that are left if that is less; `user` is the greenlet that asks.
         """
         if self.used:
-            if now - self.silent_at > REST_AFTER or not self._watcher.active:
+            if now - self.silent_at > REST_AFTER or self.paused:
                 self._see_silence(now)
             elif now - self.idle_since >= QUIET:
                 self.silent_at = now
@@ -1175,7 +1185,7 @@ class Connection(Wire):
                     continue
                 if (plain := PLAIN_ANSWER(chunk)) is not None and not self._data:  # nearly always
                     self.used += 1
-                    return plain[1]
+                    return plain[1].rstrip()
                 if (answer := self._take_in(chunk)) is not None:
                     return answer
         except OSError:
@@ -1276,7 +1286,7 @@ class Connection(Wire):
 
     def unexpected(self) -> None:
         if self not in self.pool.idle and self not in self.pool.held:
-            self._watcher.stop()  # it is busy, and still sends
+            self.pause()  # it is busy, and still sends
         elif said := self.look():
             self.pool.drop(self, said)
 
@@ -1838,10 +1848,10 @@ class Client(Wire):
         except BlockingIOError:
             pass
         except OSError:
-            self._watcher.stop()
+            self.pause()
             self.user.throw(ClientFault(RESET))  # wherever it waits: for a service, most likely
         if self.ended or len(self._buffer.data) > MAX_MESSAGE:
-            self._watcher.stop()
+            self.pause()
 
     def _take_in(self, data: bytes | None) -> None:
         if data:
