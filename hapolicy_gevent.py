@@ -772,8 +772,7 @@ def sample(proxy: Proxy) -> Counts:
     counted = proxy.statistics
     counts: Counts = {None: [time.monotonic(), counted.requests, counted.answers, sum(counted.defaults.values())]}
     for service in proxy.pools:
-        by_bound = map(add, service.tally.read()[0], service.tally.failed)
-        counts[service] = [service.answers, service.failed, *by_bound]
+        counts[service] = [service.answers, service.failed, *map(add, service.tally.read()[0], service.tally.failed)]
     return counts
 
 
@@ -806,13 +805,9 @@ def duration(seconds: float | None) -> str:
     return f'{seconds:.3g} s' if seconds >= 1 else f'{seconds * 1000:.3g} ms'
 
 
-def printable(value: bytes) -> str:
-    """Return a value as one line of text, whatever bytes it holds."""
-    return escaped(value.decode('utf-8', 'backslashreplace'))
-
-
-def escaped(text: str) -> str:
-    """Return a text without control characters."""
+def printable(value: bytes | str) -> str:
+    """Return a value as one line of text without control characters, whatever bytes it holds."""
+    text = value if isinstance(value, str) else value.decode('utf-8', 'backslashreplace')
     if text.isprintable():
         return text
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
@@ -924,9 +919,9 @@ class Log:
 
     def close(self) -> None:
         """Write what is queued, for a second at most."""
-        give_up = time.monotonic() + 1
-        while self._more.is_set() and time.monotonic() < give_up:
-            gevent.sleep(0.005)
+        with contextlib.suppress(TimeoutError), gevent.Timeout(1, TimeoutError()):
+            while self._more.is_set():
+                gevent.sleep(0.005)
 
 
 # ---------------------------------------------------------------------------
@@ -2497,9 +2492,9 @@ def is_client(fd: int) -> bool:
 def complain(text: str) -> None:
     """Report what ends the start: one line on stderr, or in syslog where stderr is the client."""
     if is_client(2):
-        SyslogSink().write([(WARNING, escaped(text))])
+        SyslogSink().write([(WARNING, printable(text))])
     else:
-        os.write(2, f'{level_mark(ERROR)}hapolicy: {escaped(text)}\n'.encode())
+        os.write(2, f'{level_mark(ERROR)}hapolicy: {printable(text)}\n'.encode())
 
 
 def make_log(options: SimpleNamespace, server: bool) -> Log:
@@ -2517,7 +2512,7 @@ def report_error(log: Log, context: object, kind: Any, value: Any, trace: Any) -
     if hasattr(context, 'do_read') and isinstance(value, OSError):  # a StreamServer
         log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
     else:
-        log(WARNING, escaped('Internal error: ' + ''.join(traceback.format_exception(kind, value, trace))))
+        log(WARNING, printable('Internal error: ' + ''.join(traceback.format_exception(kind, value, trace))))
 
 
 def check_service(service: Service) -> tuple[Service, str, str]:
