@@ -2336,14 +2336,15 @@ class Status:
         from prometheus_client import core
 
         data = self.data()
-        data['build_info'], data['name'] = {data['program']: 1}, data['options']['name']
+        built = {'name': data['options']['name'], 'version': data['program']}
+        yield core.InfoMetricFamily('hapolicy_build', 'name and program in /status.json', built)
         for kind, name, field, labels in METRICS:
             family = getattr(core, f'{kind}MetricFamily')(f'hapolicy_{name}', f'{field} in /status.json', labels=labels)
             for row in data['services'] if 'service' in labels else [data]:
-                values = row[field] if isinstance(row[field], dict) else {None: row[field]}
-                first = [row['name']] if {'service', 'name'}.intersection(labels) else []
+                who = [row['name']] if 'service' in labels else []
+                values = row[field] if isinstance(row[field], dict) else {'': row[field]}
                 for label, value in values.items():
-                    family.add_metric([*first, *([label] if label else [])], value or 0)
+                    family.add_metric([*who, label][: len(labels)], value or 0)
             yield family
         seconds = core.HistogramMetricFamily('hapolicy_query_seconds', 'time to each answer', labels=['service'])
         for service in self._proxy.pools:
@@ -2362,7 +2363,6 @@ METRICS: Sequence[tuple[str, str, str, list[str]]] = (
                    'p95_seconds', 'p99_seconds')),
     *(('Gauge', name, field, []) for name, field in (('in_flight', 'in_flight'), ('oldest_request_seconds', 'oldest'),
       ('clients', 'clients_connected'), ('start_time_seconds', 'started'))),
-    ('Gauge', 'build_info', 'build_info', ['name', 'version']),
 )  # fmt: skip
 
 
@@ -2380,9 +2380,8 @@ def ago(then: float) -> str:
 def buckets(tally: Tally) -> list[tuple[str, int]]:
     """Return a histogram as Prometheus has it: cumulative, here with 1-2-5 bounds."""
     bounds = [*(f'{bound:g}' for bound in tally.BOUNDS), '+Inf']
-    seen = itertools.accumulate(tally.read()[0])
-    return [(bound, count) for bound, count in zip(bounds, seen, strict=True)
-            if bound.strip('0.') in ('1', '2', '5', '+Inf')]  # fmt: skip
+    counted = zip(bounds, itertools.accumulate(tally.read()[0]), strict=True)
+    return [(bound, count) for bound, count in counted if bound.strip('0.') in ('1', '2', '5', '+Inf')]
 
 
 # ---------------------------------------------------------------------------
@@ -2464,8 +2463,7 @@ def parse_command_line(argv: Sequence[str]) -> SimpleNamespace:
     except DocoptExit as error:
         reason = str(error).partition('\n')[0]
         if reason == 'Usage:':  # docopt gives none
-            known = {word: word.partition('=')[0] if word[:2] == '--' else word[:2] for word in argv if word[:1] == '-'}
-            unknown = [word for word, name in known.items() if f' {name}' not in __doc__]
+            unknown = [word for word in argv if (name := re.match('--[^=]+|-.', word)) and f' {name[0]}' not in __doc__]
             reason = (f"unknown option '{unknown[0]}'" if unknown else f"cannot use '{' '.join(argv)}': a word is no "
                       'option (quote values with blanks, and give each option its value)')  # fmt: skip
         raise UsageError(f'{reason}; see hapolicy --help') from None
