@@ -88,7 +88,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import add, sub
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import gevent
 import gevent.event
@@ -698,36 +698,37 @@ def verdict(action: bytes) -> str:
     return VERDICT_OF.get(word, OTHER)
 
 
+#: Upper bounds of a histogram in seconds, 0.1 ms to 100 s, ten for each power of ten (R10 of ISO 3), so 1-2-5 are
+#: among them. A last count holds what took longer.
+STEPS = (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)
+BOUNDS = (*(step * 10.0**power for power in range(-4, 2) for step in STEPS), 100.0)
+
+
 class Tally:
     """What became of a service's queries: how long they took, as histograms, and what its answers do to the mail.
 
     Answers are counted when somebody looks, once a second at least: that costs less than one by one.
     """
 
-    #: Upper bounds in seconds, 0.1 ms to 100 s, ten for each power of ten (R10 of ISO 3), so 1-2-5 are among them. A
-    #: last count holds what took longer.
-    BOUNDS: ClassVar = (*(step * 10.0**power for power in range(-4, 2)
-                          for step in (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)), 100.0)  # fmt: skip
-
     def __init__(self) -> None:
-        self._counts = [0] * (len(self.BOUNDS) + 1)
+        self._counts = [0] * (len(BOUNDS) + 1)
         self._verdicts = dict.fromkeys(VERDICTS, 0)
         self._sum = 0.0
         self._seconds: list[float] = []
         self._actions: list[bytes] = []
         #: Both count an answer. Two lists: pairs would have the garbage collector look at them.
         self.add_seconds, self.add_action = self._seconds.append, self._actions.append
-        self.failed = [0] * (len(self.BOUNDS) + 1)  # queries without an answer, by bound
+        self.failed = [0] * (len(BOUNDS) + 1)  # queries without an answer, by bound
         self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
 
     def fail(self, seconds: float, why: str, now: float) -> None:
         """Count a query that failed after so many seconds."""
-        self.failed[bisect_left(self.BOUNDS, seconds)] += 1
+        self.failed[bisect_left(BOUNDS, seconds)] += 1
         self.last_failure = now, why
 
     def read(self) -> tuple[list[int], dict[str, int], float]:
         """Return answers by bound, answers by verdict, and the seconds of all."""
-        for bound, number in Counter(map(functools.partial(bisect_left, self.BOUNDS), self._seconds)).items():
+        for bound, number in Counter(map(functools.partial(bisect_left, BOUNDS), self._seconds)).items():
             self._counts[bound] += number
         for word, number in Counter([action.partition(b' ')[0] for action in self._actions]).items():
             self._verdicts[verdict(word)] += number
@@ -742,9 +743,9 @@ def quantiles(counts: Sequence[int], pool: Pool, now: float) -> dict[str, float 
 
     Of queries that were answered or failed, by bound, and of those in flight, with the seconds they took so far.
     """
-    counted, bounds = [*counts], (*Tally.BOUNDS, Tally.BOUNDS[-1])
+    counted, bounds = [*counts], (*BOUNDS, BOUNDS[-1])
     for query in pool.busy:
-        counted[bisect_left(Tally.BOUNDS, now - query.since)] += 1
+        counted[bisect_left(BOUNDS, now - query.since)] += 1
     seen = [*itertools.accumulate(counted)]
     return {f'p{part}': bounds[bisect_left(seen, part / 100 * seen[-1])] if seen[-1] else None for part in (50, 95, 99)}
 
@@ -2212,7 +2213,6 @@ class Status:
 
         self._proxy, self._options, self._log, self._started = proxy, options, log, time.monotonic()
         dumps = functools.partial(json.dumps, allow_nan=False, default=printable)
-        self._pools = sorted(proxy.pools.values(), key=lambda pool: pool.service.prio)
         self._samples = deque([sample(proxy)], maxlen=SAMPLES)
         install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
         #: By path: return the code of an answer, the type of its content, and that.
@@ -2276,7 +2276,7 @@ class Status:
         """Return the content of /status.json; docs/operations.md has its fields."""
         now, proxy = time.monotonic(), self._proxy
         waits, minute = proxy.waits(now), difference(sample(proxy), self._samples[-min(MINUTE, len(self._samples))])
-        services = [self._service(pool, minute, now) for pool in self._pools]
+        services = [self._service(pool, minute, now) for pool in proxy.queue.balancer.pools]
         return {
             'version': 1, 'program': __version__, 'host': socket.gethostname(), 'pid': os.getpid(),
             'headline': self._headline(services, minute, waits), 'time': unix(now), 'started': unix(self._started),
@@ -2379,7 +2379,7 @@ def ago(then: float) -> str:
 
 def buckets(tally: Tally) -> list[tuple[str, int]]:
     """Return a histogram as Prometheus has it: cumulative, here with 1-2-5 bounds."""
-    bounds = [*(f'{bound:g}' for bound in tally.BOUNDS), '+Inf']
+    bounds = [*(f'{bound:g}' for bound in BOUNDS), '+Inf']
     counted = zip(bounds, itertools.accumulate(tally.read()[0]), strict=True)
     return [(bound, count) for bound, count in counted if bound.strip('0.') in ('1', '2', '5', '+Inf')]
 
