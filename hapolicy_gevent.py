@@ -866,9 +866,7 @@ class SyslogSink:
         for kind in None, socket.SOCK_DGRAM, socket.SOCK_STREAM:  # the daemon may be a new one, or have the other kind
             try:
                 if kind:
-                    self._socket = socket.socket(socket.AF_UNIX, kind)
-                    self._socket.settimeout(0)  # its backlog may be full
-                    self._socket.connect(self.PATH)
+                    self._socket = connect(socket.AF_UNIX, self.PATH, 1, kind)
                     self._socket.settimeout(1)
                 self._socket.sendall(line + b'\0' if self._socket.type == socket.SOCK_STREAM else line)
                 return True
@@ -1014,9 +1012,9 @@ class Wire:
         self.socket.close()
 
 
-def connect(family: int, where: Any, seconds: float = CONNECT_TIMEOUT) -> socket.socket:
+def connect(family: int, where: Any, seconds: float = CONNECT_TIMEOUT, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """Return a socket connected to a path, or to the numbers of an address, within so many seconds. Raises OSError."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, kind)
     sock.settimeout(0 if family == socket.AF_UNIX else None)
     try:
         with gevent.Timeout(seconds, TimeoutError('timed out')):

@@ -191,8 +191,11 @@ def test_the_server_logs_to_dev_log_and_a_hung_daemon_delays_nobody(dev_log: soc
         try:
             with PostfixClient(port) as client:
                 assert client.ask(request(instance='i1')) == 'DUNNO i1 A'
-                lines = [dev_log.recv(10000).decode() for _ in range(3)]
-                assert all(re.search(rf' spf\[{process.pid}\]: ', line) for line in lines), lines
+                lines: list[str] = []
+                while len(lines) < 3:
+                    line = dev_log.recv(10000).decode()
+                    if f' spf[{process.pid}]: ' in line:  # another hapolicy of this machine may log there, too
+                        lines.append(line)
                 assert 'Started as root' in lines[0] and 'serves up to' in lines[1]
                 assert LINE.search(lines[2]), lines
                 # from here nobody reads: the kernel takes a few, the queue 10,000, the rest is dropped
