@@ -82,14 +82,17 @@ def base() -> Path:
 
 
 def build(directory: Path) -> Path:
-    """Build the Debian package from what git has of this tree, or would take; return its file."""
+    """Build the Debian package from what git has of this tree, or would take; without git from all of it."""
     source = directory / 'source'
-    command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
-    names = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    for name in filter(None, names.split('\0')):
-        if (ROOT / name).exists():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
+    if (ROOT / '.git').exists():
+        command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+        names = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split('\0')
+        for name in names:
+            if (ROOT / name).is_file():
+                (source / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, source / name)
+    else:
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns('.*', '__pycache__', '*.egg-info', 'build', '*.so'))
     done = subprocess.run(['dpkg-buildpackage', '-us', '-uc', '-tc'], cwd=source, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300 * SCALE)  # fmt: skip
     assert done.returncode == 0, done.stdout
