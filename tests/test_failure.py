@@ -22,13 +22,11 @@ from tests.servers import SERVER, for_sender, processes
 from tests.support import (
     ACTIVATED,
     MODULE,
-    ROOT,
     SCALE,
     Peer,
     PolicyServerStub,
     PostfixClient,
     ProxyProcess,
-    SmtpdLoad,
     echo,
     free_port,
     hang,
@@ -272,39 +270,6 @@ def test_socket_activation_and_readiness(tmp_path: Path) -> None:
         assert clients.shares(0)['default'] == 0
         first.terminate()
         assert first.wait(60) == 0
-
-
-#: The version before the units and the package: who has it upgrades from there.
-BEFORE = '74a7e26e624432c8c2fe96a2f13455a1d8002cfe'
-
-
-@pytest.mark.parametrize('way', ['reuse-port', 'socket'])
-def test_an_upgrade_and_the_way_back_are_not_noticed_under_load(way: str, tmp_path: Path) -> None:
-    done = subprocess.run(['git', 'show', f'{BEFORE}:{MODULE.name}'], cwd=ROOT, capture_output=True)
-    if done.returncode:
-        pytest.skip(f'no git checkout, or one without {BEFORE}')
-    earlier = tmp_path / 'hapolicy_gevent.py'
-    earlier.write_bytes(done.stdout)
-    with processes('AB') as running, contextlib.ExitStack() as after:
-        arguments = [f'-s{server.service}' for server in running] + ['--reuse-port']
-        held = after.enter_context(socket.socket(socket.AF_UNIX)) if way == 'socket' else None
-        where: int | str = free_port()
-        if held is not None:
-            where = str(tmp_path / 'socket')
-            held.bind(where)
-            held.listen(1024)
-
-        def start(module: Path) -> ProxyProcess:
-            port = where if isinstance(where, int) else 0
-            return after.enter_context(ProxyProcess(*arguments, port=port, inherited=held, module=module))
-
-        old = start(earlier)
-        with SmtpdLoad(where, 16) as clients:
-            for module in (MODULE, earlier, MODULE):
-                new = start(module)
-                assert old.terminate() == 0
-                clients.flows()
-                old = new
 
 
 @pytest.mark.needs_root
