@@ -51,7 +51,8 @@ def test_autopkgtest_would_pass(host: Machine) -> None:
     shutil.copytree(ROOT / 'debian', host.root / 'srv' / 'source' / 'debian')
     for test in control['Tests'].split():
         said = host.run(f'cd /srv/source && debian/tests/{test}', seconds=300)
-        assert len(re.findall(r'^\w+: \d+ mails, all taken$', said, re.MULTILINE)) == 3, said
+        done = re.findall(r'^(\w+): \d+ mails, all taken$', said, re.MULTILINE)
+        assert done == ['restart', 'kill', 'upgrade', 'downgrade'], said
 
 
 SPAWN = """\
