@@ -171,16 +171,24 @@ class Machine:
         """Write a file in it."""
         (self.root / path.lstrip('/')).write_text(text)
 
+    def _halt(self) -> None:
+        if self._nspawn is not None and self._nspawn.poll() is None:
+            self._nspawn.send_signal(signal.SIGTERM)
+            try:
+                self._nspawn.wait(30 * SCALE)
+            except subprocess.TimeoutExpired:
+                self._nspawn.kill()
+                self._nspawn.wait()
+
+    def reboot(self) -> None:
+        """Halt it and start it again; what it wrote stays."""
+        self._halt()
+        self.boot()
+
     def close(self) -> None:
         """Halt it, and remove what it wrote."""
         try:
-            if self._nspawn is not None and self._nspawn.poll() is None:
-                self._nspawn.send_signal(signal.SIGTERM)
-                try:
-                    self._nspawn.wait(30 * SCALE)
-                except subprocess.TimeoutExpired:
-                    self._nspawn.kill()
-                    self._nspawn.wait()
+            self._halt()
         finally:
             for _ in range(50):
                 if subprocess.run(['umount', self.root], capture_output=True).returncode == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import shutil
 import socket
 import subprocess
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, PostfixClient, ProxyProcess, SmtpdLoad, free_port, slow, stubs
+from tests.postfix import LookingLoad
+from tests.support import ROOT, ProxyProcess, free_port, slow, stubs
 
 #: The version before the units and the package: who has it upgrades from there.
 BEFORE = '74a7e26e624432c8c2fe96a2f13455a1d8002cfe'
@@ -59,30 +59,6 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     source = tmp_path_factory.mktemp('earlier-source')
     subprocess.run(['tar', 'x'], cwd=source, input=archive.stdout, check=True)
     return Installed(source, tmp_path_factory.mktemp('earlier'))
-
-
-class LookingLoad(SmtpdLoad):
-    """As Postfix does, each client looks whether its connection has ended before it asks; who asks is answered there.
-
-    A first try that an earlier version lost has to be answered at the second one.
-    """
-
-    def __init__(self, where: int | str, clients: int) -> None:
-        super().__init__(where, clients)
-        self.lost: list[str] = []  # first tries
-
-    def _ask(self, client: PostfixClient | None) -> PostfixClient | None:
-        if client is not None and select.select([client.sock], [], [], 0)[0]:
-            client.close()
-            client = None
-        try:
-            client = client or PostfixClient(self._where, 60)
-            assert client.ask_own() != 'default'
-        except (OSError, AssertionError) as error:
-            self.lost.append(repr(error))
-            return super()._ask(None)
-        self.answers += 1
-        return client
 
 
 def test_both_versions_are_what_they_are_taken_for(earlier: Installed, this: Installed) -> None:
