@@ -264,13 +264,14 @@ CASES = {
         spf_python, [{'client_address': '127.0.0.1'}, {'client_address': '198.51.100.7'}],
         ['local connections', 'whitelist']),
     'policyd-spf-perl': Case(
-        spf_perl, [{'client_address': '127.0.0.1'}, {'client_address': '::1'}], ['localhost', 'localhost']),
+        spf_perl, [{'client_address': '127.0.0.1'}, {'helo_name': 'mail', 'sender': ''}],
+        ['localhost', 'none (mail: ']),
     'sqlgrey': Case(
         sqlgrey, [{}, {}, {'client_address': '198.51.100.7'}], ['Greylisted', 'Greylisted', 'whitelisted']),
     'policyd-rate-limit': Case(
         rate_limit, [{'sasl_username': 'alice'}] * 3, ['dunno', 'dunno', 'Rate limit'], ['Rate limit'] * 3),
     'policyd-weight': Case(
-        weight, [{'sender': ''}, {'sender': '', 'client_address': '127.0.0.1'}], ['NULL', 'NULL']),
+        weight, [{'sender': ''}, {'recipient': 'postmaster@example.org'}], ['NULL', 'mail for postmaster@example.org']),
     'Dovecot quota-status': Case(
         quota, [{'size': '1000'}, {'size': '99000000'}], ['DUNNO', '552 5.2.2']),
 }  # fmt: skip
