@@ -207,6 +207,19 @@ def test_instances_have_options_sockets_and_names_of_their_own(host: Host) -> No
         assert 'serves up to' in host.machine.run(f'journalctl -t {name} -u hapolicy@{name} --no-pager')
 
 
+def test_an_upgrade_restarts_each_instance_that_runs_and_starts_no_other(host: Host) -> None:
+    units = [f'hapolicy@{name}.service' for name in ('spf', 'grey', 'quota')]
+    for name in ('spf', 'grey', 'quota'):
+        host.configure(name=f'hapolicy-{name}')
+    host.machine.run(f'systemctl start {units[0]} {units[1]}')
+    before = [host.show('MainPID', unit) for unit in units]
+    host.machine.run('apt-get install -y --reinstall hapolicy-gevent')
+    wait_until(lambda: all(host.show('ActiveState', unit) == 'active' for unit in units[:2]))
+    after = [host.show('MainPID', unit) for unit in units]
+    assert after[0] != before[0] and after[1] != before[1] and after[2] == before[2] == '0', (before, after)
+    assert host.pid == 0
+
+
 def test_instances_with_reuse_port_serve_one_port(host: Host) -> None:
     for name in '12':
         host.configure('--listen=127.0.0.1:10060 --reuse-port', name=f'hapolicy-{name}')
