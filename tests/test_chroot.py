@@ -27,8 +27,8 @@ pytestmark = [
 class Site:
     """A chrooted Postfix that asks hapolicy at queue/hapolicy/socket, where group postfix alone may connect."""
 
-    def __init__(self, way: str, where: str = 'hapolicy/socket') -> None:
-        self.postfix = Postfix(f'check_policy_service unix:{where}', chroot=True)
+    def __init__(self, way: str, where: str = 'hapolicy/socket', chroot: bool = True) -> None:
+        self.postfix = Postfix(f'check_policy_service unix:{where}', chroot=chroot)
         self.socket = self.postfix.directory / 'queue' / 'hapolicy' / 'socket'
         self.socket.parent.mkdir(mode=0o711)
         self.server = PolicyServerStub(echo)
@@ -88,6 +88,14 @@ def test_a_chrooted_smtpd_asks_at_the_socket_in_its_queue_directory(site: Site) 
         wait_until(lambda: roots(site.postfix) == {str(site.postfix.directory / 'queue')}, what='all are chrooted')
     assert len(site.server.requests) == 1
     assert not site.postfix.complaints, site.postfix.complaints
+
+
+def test_the_same_path_is_right_without_chroot() -> None:
+    with Site('inherited', chroot=False) as site, site.postfix.client() as client:
+        assert send_in(client)[0] == 250
+        wait_until(lambda: roots(site.postfix) == {'/'}, what='none is chrooted')
+        assert len(site.server.requests) == 1
+        assert not site.postfix.complaints, site.postfix.complaints
 
 
 def test_a_replacement_and_a_reload_of_postfix_in_mid_session_are_not_noticed(site: Site) -> None:
