@@ -39,8 +39,8 @@ setup(
     install_requires=['gevent>=22.10', 'docopt>=0.6.2'],
     extras_require={
         'metrics': ['prometheus-client>=0.16'],
-        'test': [
-            'hypothesis', 'mypy', 'prometheus-client', 'pytest', 'pytest-xdist', 'ruff', 'selenium',
+        'test': [  # pytest-xdist 3.8 groups no tests (--dist loadgroup) under pytest 9.2
+            'hypothesis', 'mypy', 'prometheus-client', 'pytest<9.2', 'pytest-xdist', 'ruff', 'selenium',
             'setuptools>=70.1', 'types-docopt', 'types-gevent', 'types-setuptools',
         ],
         'bench': ['matplotlib'],
