@@ -1324,7 +1324,7 @@ class Checker:
         self.pool, self.enabled = pool, enabled
         self.running: dict[Connection, Any] = {}  # each check and its greenlet
         #: Checks at once, or mails of single use: fewer while the service is full.
-        self.at_once: float = pool.service.max
+        self.at_once = float(pool.service.max)
         self.full = 0  # how many connections it served when it was found full; 0: it is not
         self.heard_more = False  # the last check had more than its answer: perhaps it speaks before it is asked
         self.reason = ''  # why the last check failed
@@ -1463,15 +1463,15 @@ class Checker:
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
         self.stop()
-        self.at_once, self.full, self._failed_at = self.pool.service.max, 0, now
+        self.at_once, self.full, self._failed_at = float(self.pool.service.max), 0, now
 
     def lower(self) -> None:
         """Allow fewer at once, as one more was not served: mails, where the service is single use, else checks."""
         busy = len(self.pool.busy)
         if self.pool.use is not SINGLE_USE:
-            self.at_once = 1
+            self.at_once = 1.0
         elif busy:  # else nobody took its place
-            self.at_once = max(1, min(busy, self.at_once) - 1)
+            self.at_once = max(1.0, min(busy, self.at_once) - 1)
 
     def limit(self, why: str) -> None:
         """Note that no more connections are served than are now."""
@@ -1681,7 +1681,7 @@ class Pool:
     def use_once(self) -> None:
         """Use each connection for one mail only, until a check tells otherwise; as many at once as are served now."""
         if self.checker.enabled and self.use is not SINGLE_USE:
-            self.use, self.checker.at_once = SINGLE_USE, max(1, self.open + self.checker.answered)
+            self.use, self.checker.at_once = SINGLE_USE, max(1.0, self.open + self.checker.answered)
             self.checker.stop()
         self._close(*self.idle, *self.held)
 
