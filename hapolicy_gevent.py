@@ -458,7 +458,7 @@ class Service(Settings):
         A late answer says nothing if a mail that was sent meanwhile was answered, or could not be sent: strangers'
         slow messages may hold every place. The last service that is up is never taken down by mail.
         """
-        self.failed_at, late = now, reason is LATE
+        late = reason is LATE
         if self.state is DOWN or reason not in JUDGED or (late and (self.answered_at > since or (alone and crowded))):
             return
         self.in_a_row += 1
@@ -938,7 +938,7 @@ class Wire:
 
     __slots__ = ('_hub', '_recv', '_send', '_waits', '_watcher', 'paused', 'socket', 'user')
 
-    _recv: Callable[[int], bytes]
+    _recv: Callable[..., bytes]
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(None)
@@ -1271,6 +1271,16 @@ class Connection(Wire):
             pass
         return ENDED
 
+    @property
+    def ended(self) -> bool:
+        """Whether the server has closed it, and there is no answer to read."""
+        try:
+            return self._recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b''
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def listen(self, seconds: float) -> str:
         """Return what came within so many seconds, as look() does."""
         if seconds > 0:
@@ -1548,9 +1558,7 @@ class Pool:
         for connection in [*self.held, *self.idle]:
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
-        ends = select.POLLRDHUP | select.POLLHUP | select.POLLERR
-        ended = [connection for connection in self.busy
-                 if connection.poll is not None and any(event & ends for _, event in connection.poll(0))]  # fmt: skip
+        ended = [connection for connection in self.busy if connection.poll is not None and connection.ended]
         return self.open - len(ended)
 
     def admits(self, waited: float, now: float) -> bool:
@@ -1627,8 +1635,9 @@ class Pool:
         service.failures[failure.reason] += 1
         service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
         if self.busy.pop(connection, self) is None:  # and not from before it went down
-            alone = self.queue.balancer.up == (service.state is UP)
-            service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
+            service.failed_at, alone = now, self.queue.balancer.up == (service.state is UP)
+            if not self.checker.enabled or failure.reason not in (REFUSED, UNREACHABLE):  # else a check is to tell
+                service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
             self.checker.grow(now)
         self._release(connection, False, now)
 

@@ -25,6 +25,7 @@ from hapolicy_gevent import (
     Pool,
     Proxy,
     Queue,
+    ServiceFailure,
     StreamSink,
     parse_service,
 )
@@ -288,7 +289,7 @@ def test_a_request_that_is_sent_again_waits_long_for_a_full_server_only_where_no
             ended.append(peer)
             full.take_place()
             raise HangUp
-        for_sender('slow', slow(10))(peer, message)
+        for_sender('slow', slow(10), slow(0.1))(peer, message)
 
     ended: list[Peer] = []
     full = FewAtATime(2, behave)
@@ -401,3 +402,27 @@ def test_the_only_server_is_up_again_though_the_first_check_of_its_return_meets_
         began = time.monotonic()
         wait_until(lambda: client.ask_own() == 'A', 60, 'a verdict')
         assert hung.is_set() and time.monotonic() - began < 15, 'the check that hangs takes 40 s'
+
+
+@pytest.mark.parametrize('reason', [hapolicy_gevent.REFUSED, hapolicy_gevent.UNREACHABLE, hapolicy_gevent.DROPPED])
+def test_mail_that_is_refused_starts_a_check_and_the_check_decides(reason: str) -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.use, connection = hapolicy_gevent.SINGLE_USE, Connection(pool, now)
+    pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
+    pool.busy[connection] = None
+    pool.failed(connection, ServiceFailure(reason, ''), now)
+    assert pool.service.state == 'up' and len(pool.checker.running) == 1
+
+
+def test_a_connection_with_an_answer_to_read_is_served_though_the_server_has_ended_it() -> None:
+    with stubs(closes_after(1)) as (a,):
+        pool = pool_of(a.service)
+        connection = Connection(pool, time.monotonic())
+        connection.open()
+        pool.busy[connection] = None
+        connection.send(request())
+        wait_until(lambda: a.peers and a.peers[0].closed.is_set())
+        assert pool.look() == 1
+        wait_until(lambda: connection.look() == 'ended', what='the answer is read, and the end')
+        assert pool.look() == 0
+        connection.close()
