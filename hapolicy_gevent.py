@@ -1339,6 +1339,8 @@ class Checker:
         self.heard_more = False  # the last check had more than its answer: perhaps it speaks before it is asked
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
+        self._fastest = math.inf  # seconds that a check took at least, since the service was down last
+        self._hurried_at = -math.inf  # when a check began that requests may wait for (monotonic seconds)
         self._began = self._failed_at = -math.inf  # the last check, and the last that failed (monotonic seconds)
 
     def spawn(self, check: Connection) -> Any:
@@ -1392,7 +1394,7 @@ class Checker:
             number = min(max(len(pool.waiting) if pool.use is CHECKED else 0, wanted), int(self.at_once) + again)
         if again:  # what those met may be workers that hang; but the eldest is answered first if the server goes on
             pool.connector.rotate()
-            if running >= number:
+            if running >= min(number, running + pool.room):
                 self.stop(next(iter(self.running)))
         for _ in range(min(number - len(self.running), pool.room)):
             self._began = now
@@ -1411,6 +1413,17 @@ class Checker:
             if kept not in self.pool.idle and kept not in self.pool.busy:
                 kept.close()
 
+    def hurry(self, now: float) -> None:
+        """Check a service that is down now, unless a check failed a moment ago: some mail has no other service."""
+        down = self.enabled and self.pool.service.state is DOWN
+        if down and not self.running and now > self._failed_at + BACKOFF_FIRST / 5:
+            self._failed_at, self._hurried_at = -math.inf, now
+            self.grow(now)
+
+    def hurries(self, now: float) -> bool:
+        """Tell whether a request that has no other service may wait for a check that was made for that."""
+        return bool(self.running) and now - self._hurried_at < TRIAL_PATIENCE
+
     def stop(self, *but: Connection) -> None:
         """Close the checks that are running, but for some: they say nothing of the service now."""
         for check in [check for check in self.running if check not in but]:
@@ -1422,6 +1435,7 @@ class Checker:
             return
         pool = self.pool
         self._failed_at, self.backoff, self.reason, self.heard_more = -math.inf, BACKOFF_FIRST, '', said is SURPLUS
+        self._fastest = min(self._fastest, now - check.since)
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until
@@ -1455,6 +1469,8 @@ class Checker:
             elif pool.queue.balancer.up:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
             pool.queue.balancer.update()
+            for waiter in pool.waiting:  # until its check failed
+                waiter.woken.set()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
         elif (service.heard_at > check.since) if reason is LATE else (pool.look() or self.answered):
@@ -1473,7 +1489,7 @@ class Checker:
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
         self.stop()
-        self.at_once, self.full, self._failed_at = float(self.pool.service.max), 0, now
+        self.at_once, self.full, self._failed_at, self._fastest = float(self.pool.service.max), 0, now, math.inf
 
     def lower(self) -> None:
         """Allow fewer at once, as one more was not served: mails, where the service is single use, else checks."""
@@ -1498,7 +1514,8 @@ class Checker:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         # the eldest; one that was answered is about to pass, and stops the elder ones
         check = None if self.answered else next(iter(self.running), None)
-        if (check is not None and self.pool.service.newest - check.since > UNANSWERED
+        slow = max(UNANSWERED, 2 * self._fastest)  # the first answer of a connection may take its time
+        if (check is not None and self.pool.service.newest - check.since > slow
                 and (not self.full or len(self.running) > 2)):  # fmt: skip
             self.limit(f'no answer for {now - check.since:.1f}s')
             self.stop(check)
@@ -1566,7 +1583,7 @@ class Pool:
 
         For one that is on trial where a place is free, or while its answer can be expected: it was well until now.
         """
-        if self.service.state is UP:
+        if self.service.state is UP or self.checker.hurries(now):
             return True
         asked = [next(iter(each)).since for each in (self.busy, self.checker.running) if each]
         return self.places > 0 and (len(self.busy) + len(self.waiting) < self.places
@@ -1639,6 +1656,8 @@ class Pool:
             if not self.checker.enabled or failure.reason not in (REFUSED, UNREACHABLE):  # else a check is to tell
                 service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
             self.checker.grow(now)
+            if alone:
+                self.queue.hurry(now)
         self._release(connection, False, now)
 
     def give_back(self, connection: Connection, unused: bool) -> None:
@@ -1709,7 +1728,8 @@ class Pool:
         for connection in there:
             if now >= connection.expires:
                 connection.spent = ENDED  # after its next answer
-            idle_at_most = SPARE_IDLE if self.open > 1 or self.checker.full else UNHEARD
+            # the last one ends when the check that is made after UNHEARD has passed
+            idle_at_most = SPARE_IDLE if self.open > 1 or self.checker.full else 2 * UNHEARD
             if connection not in self.busy and (connection.spent or now - connection.idle_since >= idle_at_most):
                 self._close(connection)
 
@@ -1764,9 +1784,12 @@ class Queue:
                 if waiter.connection is None:
                     ends = [since + seconds for seconds in (PATIENCE, TRIAL_PATIENCE, STICKY_PATIENCE, STALLED_AFTER)]
                     waiter.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
-                if waiter.connection is not None:
+                if waiter.connection is not None and waiter.connection in waiter.connection.pool.busy:
                     self.balancer.bind(client.instance, waiter.connection.pool)
                     break
+                if waiter.connection is not None:  # its service went down before we ran
+                    waiter.connection.close()
+                    waiter.connection = None
                 waiter.woken.clear()
                 now = time.monotonic()
         except BaseException:  # its client left
@@ -1798,6 +1821,11 @@ class Queue:
             waiter.leave(*waiter.pools)
             waiter.woken.set()
 
+    def hurry(self, now: float) -> None:
+        """Check the services that are down: the last one that is up failed, and one of them may be back."""
+        for pool in self.pools.values():
+            pool.checker.hurry(now)
+
     def changed(self, service: Service, text: str, now: float) -> None:
         """Do what follows from a change of a service's state: a request that it concerns chooses again."""
         self.log(WARNING, text)
@@ -1813,6 +1841,7 @@ class Queue:
                 waiter.pools.remove(pool)
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
+                self.hurry(now)
         elif service.state is UP:
             pool.checker.backoff = BACKOFF_FIRST  # when it goes down next
             if pool.checker.reason:

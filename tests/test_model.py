@@ -81,6 +81,10 @@ class ModelConnection(Connection):
     def look(self) -> str:
         return ENDED if self.dead else ''
 
+    @property
+    def ended(self) -> bool:
+        return self.dead
+
     def ask(self, request: bytes, now: float, left: float = math.inf) -> bytes:
         """Stop the request until the model's server does something with it."""
         assert isinstance(self.pool.queue, ModelQueue)

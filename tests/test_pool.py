@@ -37,6 +37,7 @@ from tests.support import (
     Peer,
     PolicyServerStub,
     ProxyProcess,
+    answer,
     attributes,
     echo,
     hang,
@@ -426,3 +427,66 @@ def test_a_connection_with_an_answer_to_read_is_served_though_the_server_has_end
         wait_until(lambda: connection.look() == 'ended', what='the answer is read, and the end')
         assert pool.look() == 0
         connection.close()
+
+
+@pytest.mark.parametrize('fault', ['dies', 'answers rubbish'])
+def test_a_service_that_is_back_is_asked_at_once_where_the_last_other_one_fails(fault: str) -> None:
+    with PolicyServerStub(name='A') as a, PolicyServerStub(name='B') as b:
+        with ProxyProcess('-s', a.service, '-s', b.service) as proxy, proxy.client() as client:
+            a.stop()
+            proxy.logged('[A] (127.0.0.1:%d) is down' % a.port)
+            time.sleep(5)  # between the checks after 3 and 7 s, 20 % more or less
+            a.start()
+            if fault == 'dies':
+                b.stop()
+            else:
+                b.behaviour = answer(b'action=550\n\n')
+            assert client.ask_own() == 'A'
+
+
+def test_what_is_handed_over_is_not_used_where_its_service_goes_down_first() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    client = hapolicy_gevent.Client(socket.socketpair()[0])
+    waiting = gevent.spawn(pool.queue.wait, client, None, [], now + 20, now)
+    gevent.sleep(0)
+    pool.idle.append(Connection(pool, now))
+    pool.queue.hand_over(pool, now)
+    assert pool.busy
+    pool.service.turn(hapolicy_gevent.DOWN, 'it hangs', now)
+    assert waiting.get(timeout=10) is None
+    client.close()
+
+
+def test_workers_that_hang_and_hold_every_place_hold_up_nobody() -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        if peer in peer.server.peers[:2]:
+            peer.hang()
+        echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::40:2') as proxy, proxy.client() as client:
+        began = time.monotonic()
+        assert client.ask_own() == 'A'
+        assert time.monotonic() - began < 15, 'a check that hangs takes 40 s'
+
+
+def test_a_server_whose_connections_are_slow_at_first_is_not_full() -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        time.sleep(2 if peer.requests == 1 else 0.05)
+        echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy:
+        for clients in (3, 20):
+            in_threads(clients, lambda _: [proxy.client().ask_own() for _ in range(15)])
+        assert 'is full' not in proxy.log
+
+
+def test_the_last_idle_connection_ends_when_there_is_another() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    old, new = Connection(pool, now - 31), Connection(pool, now)
+    pool.idle.append(old)
+    pool.prune(now)
+    assert pool.idle == [old] and pool.checker.due(now), 'a check is to come first'
+    pool.idle.append(new)
+    pool.prune(now)
+    assert pool.idle == [new]
