@@ -21,18 +21,15 @@ Exit status: 0 if all shares are right, else 1.
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import sys
 from collections import Counter
 from collections.abc import Sequence
 
 from docopt import docopt
 
-from bench.load import Plan, start_load
-from bench.load_worker import request_around_instance
 from bench.processes import PolicyService, Processes, free_port
+from bench.smtpd import Plan, PostfixClient, start_load
 
 WEIGHTS = ('3:2:1', '1:1', '5:1', '7:3:2:1', '1:1:1:1:1')
 CONNECTIONS = (1, 7, 32)
@@ -45,27 +42,6 @@ PATIENCE = 60.0
 def off(counted: Counter[str], expected: Counter[str]) -> int:
     """Return by how many requests the counts are off, at the service where it is worst."""
     return max(abs(counted[name] - expected[name]) for name in counted | expected)
-
-
-def ask_in_turn(port: int, requests: int) -> list[str]:
-    """Ask over one connection; return who answered, in order. Raises ValueError for an answer not our own."""
-    head, tail = request_around_instance({})
-    servers = []
-    with socket.create_connection(('127.0.0.1', port), timeout=PATIENCE) as sock:
-        for number in range(requests):
-            instance = b'%x.%x.0.0' % (os.getpid(), number)
-            sock.sendall(head + instance + tail)
-            answer = b''
-            while not answer.endswith(b'\n\n'):
-                chunk = sock.recv(65536)
-                if not chunk:
-                    raise ValueError(f'the connection ended after {answer!r}')
-                answer += chunk
-            expected = b'action=DUNNO %b ' % instance
-            if not answer.startswith(expected):
-                raise ValueError(f'asked as {instance!r}, got {answer!r}')
-            servers.append(answer[len(expected) : -2].decode())
-    return servers
 
 
 class Share:
@@ -86,11 +62,12 @@ class Share:
     def options(self, wrong: bool) -> list[str]:
         """Return the proxy's options; with a wrong weight, if asked for."""
         weights = [self.weights[0] + wrong, *self.weights[1:]]
-        return [service.service(f'10:{weight}') for service, weight in zip(self.services, weights, strict=True)]
+        return [f'-s{service.service}:10:{weight}' for service, weight in zip(self.services, weights, strict=True)]
 
     def check_one(self, port: int, cycles: int) -> bool:
         """Check every cycle over one connection; return whether all are right."""
-        servers = ask_in_turn(port, cycles * self.cycle)
+        with PostfixClient(port, PATIENCE) as client:
+            servers = [client.ask_own() for _ in range(cycles * self.cycle)]
         counted: Counter[str] = Counter()
         worst = 0
         for number in range(cycles):
@@ -123,7 +100,7 @@ def check(weights: Sequence[str], requests: int, wrong: bool) -> bool:
     fine = True
     with Processes() as processes:
         longest = max(text.count(':') + 1 for text in weights)
-        services = [processes.policy_service(name) for name in 'ABCDEFGH'[:longest]]
+        services = processes.policy_services('ABCDEFGH'[:longest])
         for text in weights:
             share, port = Share(text, services), free_port()
             cycles = max(1, requests // share.cycle)

@@ -35,8 +35,8 @@ from dataclasses import dataclass
 
 from docopt import docopt
 
-from bench.load import Load, Plan, Result, start_load
 from bench.processes import PolicyService, Process, Processes, free_port
+from bench.smtpd import Load, Plan, Result, start_load
 
 #: How far the share of a service that returned may be from its due.
 SHARE_TOLERANCE = 0.05
@@ -150,9 +150,11 @@ def by_second(result: Result, name: str = '') -> str:
 def run(name: str, scenario: Scenario, plan: Plan, timeout: float, processes: Processes) -> tuple[Result, Process]:
     """Run a scenario; its victim is A."""
     port = free_port()
-    victim = processes.absent_service('A') if scenario.act is do_nothing else processes.policy_service('A')
-    services = [victim, processes.policy_service('B'), processes.policy_service('C')]
-    proxy = processes.proxy(port, *(service.service(f'10:1:{timeout:g}') for service in services))
+    victim = PolicyService(processes, 'A')
+    if scenario.act is not do_nothing:
+        victim.start()
+    services = [victim, *processes.policy_services('BC')]
+    proxy = processes.proxy(port, *(f'-s{service.service}:10:1:{timeout:g}' for service in services))
     plan.where, plan.seconds = f'127.0.0.1:{port}', scenario.seconds
     load = start_load(plan, processes)
     scenario.act(Scene(victim, load))

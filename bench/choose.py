@@ -35,7 +35,7 @@ from statistics import median
 from docopt import docopt
 
 from bench import traffic
-from bench.load_worker import request_around_instance
+from bench.protocol import around_instance
 from bench.traffic import Mail
 from hapolicy_gevent import Balancer, Connection, Log, Queue, parse_service, parse_sticky
 
@@ -77,7 +77,7 @@ def chooser(balancer: Balancer | None, requests: Iterable[bytes]) -> Callable[[]
 
 def requests_of(mails: Iterable[Mail]) -> list[bytes]:
     """Return the requests of mails as Postfix has them."""
-    return [b'1a2b.5f3c.9d.0'.join(request_around_instance(mail._asdict())) for mail in mails]
+    return [b'1a2b.5f3c.9d.0'.join(around_instance(**mail._asdict())) for mail in mails]
 
 
 def costs(rounds: int) -> dict[str, list[float]]:

@@ -15,9 +15,8 @@ import time
 
 from docopt import docopt
 
-from bench.check_distribution import ask_in_turn
-from bench.load import Plan, Result, start_load
 from bench.processes import PolicyService, Process, Processes, StartError, is_free
+from bench.smtpd import Plan, PostfixClient, Result, start_load
 
 #: Where the README has Postfix ask.
 DEFAULT_PORT = '10060'
@@ -36,7 +35,8 @@ def say(text: str = '') -> None:
 
 def show_turns(port: int) -> None:
     """Send some requests over one connection."""
-    say('Eight requests over one connection were answered by: ' + ' '.join(ask_in_turn(port, 8)))
+    with PostfixClient(port) as client:
+        say('Eight requests over one connection were answered by: ' + ' '.join(client.ask_own() for _ in range(8)))
     say('A has weight 2, B has weight 1.')
     say()
 
@@ -99,8 +99,8 @@ def watch(running: list[Process]) -> None:
 def demo(port: int) -> int:
     """Show all of it and run until Ctrl-C; return the exit status."""
     with Processes() as processes:
-        a, b = processes.policy_service('A'), processes.policy_service('B')
-        proxy = processes.proxy(port, a.service('10:2:5'), b.service('10:1:5'))
+        a, b = processes.policy_services('AB')
+        proxy = processes.proxy(port, f'-s{a.service}:10:2:5', f'-s{b.service}:10:1:5')
         say(f'Two policy servers, A and B, and in front of them hapolicy, at 127.0.0.1:{port}.')
         say()
         show_turns(port)
@@ -109,7 +109,6 @@ def demo(port: int) -> int:
             say('demo: this should not be')
             return 1
         tell_use(port)
-        assert a.process and b.process
         watch([proxy, a.process, b.process])
     return 1
 

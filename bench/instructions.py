@@ -24,8 +24,8 @@ import tempfile
 
 from docopt import docopt
 
-from bench.load import Plan, start_load
 from bench.processes import MODULE, PolicyService, Processes, free_port
+from bench.smtpd import Plan, start_load
 
 #: Requests of the load that is taken off: it has the start in it, and all that is looked up once.
 FIRST = 2000
@@ -37,15 +37,15 @@ def counted(python: str, module: str, services: list[PolicyService], requests: i
     with tempfile.TemporaryDirectory() as directory, Processes() as processes:
         process = processes.start([
             'valgrind', '--tool=callgrind', f'--callgrind-out-file={directory}/out', '--max-stackframe=100000000',
-            python, module, f'--listen=127.0.0.1:{port}', *(service.service() for service in services),
+            python, module, f'--listen=127.0.0.1:{port}', *(f'-s{service.service}' for service in services),
         ])  # fmt: skip
         process.wait_ready(port)
         with Processes() as loads:
             result = start_load(Plan(f'127.0.0.1:{port}', 32, requests=requests, seconds=120), loads).result()
         if result.wrong or result.defaults:
             raise SystemExit(f'instructions: not every request got its own answer: {result.wrong}')
-        process.popen.terminate()
-        process.popen.wait(60)
+        process.process.terminate()
+        process.process.wait(60)
         found = re.search(r'Collected : (\d+)', process.log)
         if not found:
             raise SystemExit(f'instructions: valgrind has counted nothing: {process.log[-1000:]}')
@@ -64,7 +64,7 @@ def main() -> int:
     python, module = given['--python'] or sys.executable, given['--module'] or str(MODULE)
     requests = int(given['--requests'])
     with Processes() as processes:
-        services = [processes.policy_service(name) for name in 'AB']
+        services = processes.policy_services('AB')
         first, both = (counted(python, module, services, number) for number in (FIRST, FIRST + requests))
     print(f'{(both - first) / requests:,.0f} instructions per request')
     return 0

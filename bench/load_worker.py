@@ -1,10 +1,14 @@
-"""One process of a load: bench/load.py starts it with a plan, tells it when to begin, and reads its result."""
+"""One process of a load: bench/smtpd.py starts it with a plan, tells it when to begin, and reads its result.
+
+It ends early when its stdin does. With `trace` each try is a line on stderr: Load.tries reads them.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import random
 import re
 import select
 import socket
@@ -17,7 +21,8 @@ import gevent
 import gevent.socket
 from greenlet import greenlet
 
-from bench.load import Plan, Result
+from bench.protocol import around_instance
+from bench.smtpd import Plan, Result
 
 #: Postfix's smtpd_policy_service_try_limit, and _retry_delay in seconds.
 TRIES, RETRY_DELAY = 2, 1.0
@@ -27,49 +32,8 @@ CATCH_UP = 0.1
 MAX_ANSWER = 65536
 READ = 1  # libev's EV_READ
 
-#: A usual request at RCPT TO, in Postfix's order (smtpd_check.c, check_policy_service).
-ATTRIBUTES = {
-    'request': 'smtpd_access_policy',
-    'protocol_state': 'RCPT',
-    'protocol_name': 'ESMTP',
-    'client_address': '192.0.2.7',
-    'client_name': 'mx.example.net',
-    'client_port': '45678',
-    'reverse_client_name': 'mx.example.net',
-    'server_address': '198.51.100.25',
-    'server_port': '25',
-    'helo_name': 'mx.example.net',
-    'sender': 'alice@example.net',
-    'recipient': 'bob@example.org',
-    'recipient_count': '0',
-    'queue_id': '',
-    'instance': '',
-    'size': '12345',
-    'etrn_domain': '',
-    'stress': '',
-    'sasl_method': '',
-    'sasl_username': '',
-    'sasl_sender': '',
-    'ccert_subject': '',
-    'ccert_issuer': '',
-    'ccert_fingerprint': '',
-    'ccert_pubkey_fingerprint': '',
-    'encryption_protocol': '',
-    'encryption_cipher': '',
-    'encryption_keysize': '0',
-    'policy_context': '',
-}
-
 #: The answers of bench/policy_service.py: another's instance in one is a stranger's verdict.
 ECHO = re.compile(rb'action=DUNNO [0-9a-f]+\.[0-9a-f]+\.[0-9a-f]+\.[0-9a-f]+ .*\n\n')
-
-
-def request_around_instance(changes: dict[str, str]) -> tuple[bytes, bytes]:
-    """Return a request's bytes before and after the value of `instance`."""
-    values = {**ATTRIBUTES, **changes}
-    text = ''.join(f'{name}={"" if name == "instance" else value}\n' for name, value in values.items())
-    head, word, tail = text.partition('\ninstance=')
-    return (head + word).encode(), tail.encode() + b'\n'
 
 
 class TryFailed(Exception):
@@ -202,9 +166,13 @@ class Worker:
     def run(self) -> None:
         """Run all clients to their end."""
         gevent.sleep(max(0.0, self.started - time.monotonic()))
-        watch = gevent.spawn(self._watch)
+        watch, end = gevent.spawn(self._watch), gevent.spawn(self._wait_for_end)
         gevent.joinall([gevent.spawn(client.run) for client in self._clients], raise_error=True)
-        watch.kill()
+        gevent.killall([watch, end])
+
+    def _wait_for_end(self) -> None:
+        gevent.socket.wait_read(sys.stdin.fileno())
+        self._ends = 0.0
 
     def next_turn(self) -> bool:
         """Wait until a client may send its next request; return False at the end of the load."""
@@ -222,11 +190,11 @@ class Worker:
             gevent.sleep(due - now)
         return True
 
-    def trace(self, began: float, kind: str) -> None:
-        """Keep a try that began at a monotonic second, and '' or the kind of its error, if the plan asks for it."""
+    def trace(self, began: float, error: str, server: str = '-') -> None:
+        """Tell of a try of a request that began at a monotonic second, if the plan asks for it."""
         if self.plan.trace:
             now = time.monotonic()
-            self.result.trace.append((now - self.started, now - began, kind))
+            os.write(2, f'{now:.6f} {now - began:.6f} {error or "-"} {server}\n'.encode())
 
     def _watch(self) -> None:
         """Find those who have waited too long: one timer for all, where one for each request costs more."""
@@ -239,31 +207,29 @@ class Worker:
                 if connection is not None and 0 < connection.waiting_since < overdue:
                     connection.give_up()
 
-    def count(self, answer: bytes, expected: bytes, latency: float) -> bool:
-        """Count an answer; return False if the connection is out of step."""
-        result = self.result
+    def count(self, answer: bytes, expected: bytes, latency: float) -> str:
+        """Count an answer; return who gave it, '' if the connection is out of step."""
+        result, server = self.result, '?'
         result.requests += 1
         result.seconds = time.monotonic() - self.started
         result.latency.add(latency)
         if answer.startswith(expected) and answer.find(b'\n') == len(answer) - 2:
-            self._count_server(answer[len(expected) : -2].split(b' ', 1)[0])
+            server = answer[len(expected) : -2].split(b' ', 1)[0].decode(errors='replace')
         elif not answer.startswith(b'action=') or answer.find(b'\n') != len(answer) - 2 or b'\r' in answer:
             result.malformed += 1
-            return False
+            return ''
         elif answer == self._default:
             result.defaults += 1
+            return 'default'
         elif ECHO.fullmatch(answer):
             result.swapped += 1
-        else:
-            self._count_server(b'?')
-        return True
-
-    def _count_server(self, name: bytes) -> None:
-        second = int(self.result.seconds)
-        servers = self.result.by_second.get(second)
+            return 'swapped'
+        second = int(result.seconds)
+        servers = result.by_second.get(second)
         if servers is None:
-            servers = self.result.by_second[second] = Counter()
-        servers[name.decode(errors='replace')] += 1
+            servers = result.by_second[second] = Counter()
+        servers[server] += 1
+        return server
 
 
 class Client:
@@ -271,7 +237,7 @@ class Client:
 
     def __init__(self, worker: Worker, number: int) -> None:
         self._worker = worker
-        self._head, self._tail = request_around_instance(worker.plan.attributes)
+        self._head, self._tail = around_instance(**worker.plan.attributes)
         self._fixed = worker.plan.attributes.get('instance')
         self._prefix = b'%x.%x.%x.' % (os.getpid(), int(time.time()), number)
         self.connection: Connection | None = None
@@ -280,13 +246,13 @@ class Client:
         """Send requests until the load is over."""
         worker, serial = self._worker, 0
         while worker.next_turn():
+            if worker.plan.think:
+                gevent.sleep(random.uniform(0, 2 * worker.plan.think))
             serial += 1
             instance = b'%b%x' % (self._prefix, serial) if self._fixed is None else self._fixed.encode()
             self._deliver(self._head + instance + self._tail, b'action=DUNNO %b ' % instance)
             if worker.plan.request_limit and not serial % worker.plan.request_limit:
                 self._close()
-            if worker.plan.think:
-                gevent.sleep(worker.plan.think)
         self._close()
 
     def _deliver(self, request: bytes, expected: bytes) -> None:
@@ -307,8 +273,9 @@ class Client:
                 result.errors[kind_of(error)] += 1
                 self._worker.trace(started, kind_of(error))
             else:
-                self._worker.trace(started, '')
-                if not self._worker.count(answer, expected, time.monotonic() - started):
+                server = self._worker.count(answer, expected, time.monotonic() - started)
+                self._worker.trace(started, '', server or 'malformed')
+                if not server:
                     self._close()
                 return
             self._close()
@@ -342,7 +309,7 @@ def main() -> None:
     """Take the plan from the command line and the start from stdin; print the result."""
     plan = Plan(**json.loads(sys.argv[1]))
     print('ready', flush=True)
-    line = sys.stdin.readline()
+    line = os.read(0, 100)  # nothing is to be kept in a buffer: the next thing is the end
     if line:
         worker = Worker(plan, float(line))
         worker.run()

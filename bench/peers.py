@@ -173,7 +173,7 @@ class Stage:
         """Start a process and wait until it serves. Raises StartError."""
         process = self.start(*command)
         process.wait_ready(port)
-        return Running(port, process.popen.pid)
+        return Running(port, process.process.pid)
 
 
 def direct(stage: Stage) -> Running:
@@ -188,7 +188,7 @@ def ours(
     """Start this project's proxy; `fields` is prio:weight:timeout:max of each service, if it is to know those."""
     port = free_port()
     command = [*program, f'--listen=127.0.0.1:{port}', '--stdout', *options]
-    command += [service.service(fields) for service in stage.services if known]
+    command += [f'-s{service.service}:{fields}' for service in stage.services if known]
     return stage.serve(port, 'sh', '-c', f'exec {shlex.join(command)} >/dev/null')
 
 
@@ -248,7 +248,7 @@ def nginx(stage: Stage) -> Running:
 
 def perl_command(services: Sequence[PolicyService]) -> list[str]:
     """Return the ancestor's command line."""
-    return [PERL, *(f'--service={service.name}=127.0.0.1:{service.port}:10' for service in services)]
+    return [PERL, *(f'--service={service.service}:10' for service in services)]
 
 
 def perl(stage: Stage) -> Running:

@@ -32,6 +32,8 @@ from docopt import docopt
 from gevent.server import StreamServer
 from greenlet import greenlet
 
+from bench.protocol import echo_of
+
 #: Bytes asked from one recv(); a usual request has 550.
 RECEIVE = 65536
 #: Connections the kernel holds for us.
@@ -50,23 +52,13 @@ class Manner(NamedTuple):
 
     def answer(self, request: bytes) -> bytes:
         """Return the answer to a request."""
-        answer = b'action=DUNNO %b %b' % (instance_of(request), self.name)
-        if self.size:
-            return answer.ljust(self.size - 3) + b'.\n\n'
-        return answer + b'\n\n'
+        answer = echo_of(request, self.name)
+        return answer[:-2].ljust(self.size - 3) + b'.\n\n' if self.size else answer
 
     def pause(self) -> None:
         """Take the time that an answer takes."""
         if self.delay or self.jitter:
             gevent.sleep(self.delay + random.random() * self.jitter)
-
-
-def instance_of(request: bytes) -> bytes:
-    """Return the value of `instance`, b'' if it is absent."""
-    start = request.find(b'\ninstance=') + 1
-    if not start and not request.startswith(b'instance='):
-        return b''
-    return request[start + 9 : request.find(b'\n', start)]
 
 
 class Reader:
