@@ -7,7 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests import machine, support
+from tests import machine
 
 # the same examples each time where a failure would hold up others; new ones on a developer's machine
 hypothesis.settings.register_profile('repeatable', derandomize=True)
@@ -15,14 +15,15 @@ if os.environ.get('CI') == 'true':
     hypothesis.settings.load_profile('repeatable')
 
 
-#: The files that `tests/run --fast` runs, without what needs Debian's servers; a file is slow until it is named here.
-FAST = {'balancing', 'cli', 'health', 'logging', 'manual', 'model', 'protocol', 'services'}
+#: The files that `tests/run --fast` runs, without tests that are marked slow or need Debian's servers; a file is slow
+#: until it is named here.
+FAST = {'balancing', 'cli', 'health', 'log', 'manual', 'model', 'protocol', 'services', 'spawn'}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what needs root or Debian's packages where they are missing; with CI=true that is a failure."""
-    longest = ('test_compiled', 'test_package', 'test_units')
+    longest = ('test_compiled', 'test_package', 'test_units', 'test_model')
     items.sort(key=lambda item: item.path.stem not in longest)  # they begin first
     for item in items:
         if item.path.stem[5:] not in FAST or item.get_closest_marker('needs_root'):
@@ -37,11 +38,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker('needs_root'):
             assert os.environ.get('CI') != 'true', f'{item.name} would be left out ({why}), which CI does not allow'
             item.add_marker(pytest.mark.skip(reason=why))
-
-
-@pytest.fixture(scope='session', autouse=True)
-def _the_module_is_here() -> None:
-    assert support.MODULE.exists()
 
 
 @pytest.fixture(scope='session')

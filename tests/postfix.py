@@ -10,17 +10,15 @@ import contextlib
 import os
 import pwd
 import re
-import select
 import shutil
 import signal
 import smtplib
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from tests.support import SCALE, PostfixClient, SmtpdLoad, free_port, wait_until
+from tests.support import SCALE, accepts, free_port, wait_until
 
 #: A file of each of Debian's packages that are needed.
 PROGRAMS = {
@@ -115,13 +113,6 @@ def processes(directory: Path) -> list[int]:
             if alive(pid) and (where.startswith(str(directory)) or str(directory) in ' '.join(arguments(pid))):
                 found.append(pid)
     return found
-
-
-def accepts(port: int) -> bool:
-    """Tell whether somebody listens on a port of 127.0.0.1."""
-    with socket.socket() as sock:
-        sock.settimeout(5)
-        return sock.connect_ex(('127.0.0.1', port)) == 0
 
 
 class Postfix:
@@ -250,30 +241,6 @@ def send_in(client: smtplib.SMTP, sender: str = 'alice@example.net', *recipients
             return code, text.decode()
     code, text = client.data(f'From: {sender}\r\nSubject: test\r\n\r\ntext\r\n')
     return code, text.decode()
-
-
-class LookingLoad(SmtpdLoad):
-    """As Postfix does, each client looks whether its connection has ended before it asks.
-
-    `lost` are requests that were not answered on the connection where they were asked; a second try has to be answered.
-    """
-
-    def __init__(self, where: int | str, clients: int) -> None:
-        super().__init__(where, clients)
-        self.lost: list[str] = []
-
-    def _ask(self, client: PostfixClient | None) -> PostfixClient | None:
-        if client is not None and select.select([client.sock], [], [], 0)[0]:
-            client.close()
-            client = None
-        try:
-            client = client or PostfixClient(self._where, 60)
-            assert client.ask_own() != 'default'
-        except (OSError, AssertionError) as error:
-            self.lost.append(repr(error))
-            return super()._ask(None)
-        self.answers += 1
-        return client
 
 
 class Daemon:

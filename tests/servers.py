@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 from tests.support import (
     Behaviour,
@@ -20,79 +16,12 @@ from tests.support import (
     PolicyServerStub,
     attributes,
     echo,
-    free_port,
     is_check,
     reset,
-    wait_until,
 )
 
-SERVER = """
-import socket, sys, threading
-def serve(sock):
-    buffer = b''
-    while True:
-        data = sock.recv(65536)
-        if not data:
-            return
-        buffer += data
-        while b'\\n\\n' in buffer:
-            message, _, buffer = buffer.partition(b'\\n\\n')
-            instance = message.partition(b'\\ninstance=')[2].partition(b'\\n')[0]
-            sock.sendall(b'action=DUNNO ' + instance + b' ' + sys.argv[2].encode() + b'\\n\\n')
-def safely(sock):
-    try:
-        serve(sock)
-    except OSError:
-        pass
-    sock.close()
-listener = socket.create_server(('127.0.0.1', int(sys.argv[1])), backlog=1024)
-while True:
-    threading.Thread(target=safely, args=(listener.accept()[0],), daemon=True).start()
-"""
-
-
-class ServerProcess:
-    """An echo server as a process of its own, to be killed, stopped, continued and restarted."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.port = name, free_port()
-        self.start()
-
-    def start(self) -> None:
-        """Start; return when it can be connected to."""
-        self.process = subprocess.Popen([sys.executable, '-c', SERVER, str(self.port), self.name])
-
-        def connects() -> bool:
-            with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', self.port)):
-                return True
-            return False
-
-        wait_until(connects)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def pause(self) -> None:
-        """Stop it as it is; return when all its threads stand still."""
-        self.process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: ') T ' in Path(f'/proc/{self.process.pid}/stat').read_text())
-
-    @property
-    def service(self) -> str:
-        return f'{self.name}=127.0.0.1:{self.port}'
-
-
-@contextlib.contextmanager
-def processes(names: str) -> Iterator[list[ServerProcess]]:
-    """Run an echo server process for each letter."""
-    started = [ServerProcess(name) for name in names]
-    try:
-        yield started
-    finally:
-        for server in started:
-            if server.process.poll() is None:
-                server.kill()
+#: How a server ends a connection.
+End = Callable[[socket.socket], None]
 
 
 class Prefork(PolicyServerStub):
@@ -116,7 +45,7 @@ class FewAtATime(PolicyServerStub):
     """Ends connections beyond a limit, as xinetd's `instances` and systemd's `MaxConnections` do."""
 
     def __init__(self, limit: int, behaviour: Behaviour = echo,
-                 end: Callable[[socket.socket], None] = socket.socket.close) -> None:  # fmt: skip
+                 end: End = socket.socket.close) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._free, self._end = limit, end
         super().__init__(behaviour)
@@ -142,7 +71,7 @@ class FewAtATime(PolicyServerStub):
 class OneInTen(PolicyServerStub):
     """Ends one in ten new connections: at once, at its first bytes, or when it has read all of a request."""
 
-    def __init__(self, when: str, end: Callable[[socket.socket], None] = reset) -> None:
+    def __init__(self, when: str, end: End = reset) -> None:
         self._when, self._end = when, end
         self._count = itertools.count(1)
         super().__init__(echo)
@@ -163,7 +92,7 @@ class OneInTen(PolicyServerStub):
 class ClosesIdle(PolicyServerStub):
     """Closes a connection that was idle for so many seconds."""
 
-    def __init__(self, seconds: float, end: Callable[[socket.socket], None] = socket.socket.close) -> None:
+    def __init__(self, seconds: float, end: End = socket.socket.close) -> None:
         self._seconds, self._end = seconds, end
         super().__init__(echo)
 
@@ -183,7 +112,7 @@ def for_sender(sender: str, fault: Behaviour, otherwise: Behaviour = echo) -> Be
 
 
 def closes_after(answers: int, behaviour: Behaviour = echo,
-                 end: Callable[[socket.socket], None] = socket.socket.close) -> Behaviour:  # fmt: skip
+                 end: End = socket.socket.close) -> Behaviour:  # fmt: skip
     """Hang up behind every so many answers of a connection."""
 
     def behave(peer: Peer, message: bytes) -> None:

@@ -1,35 +1,43 @@
-"""What the tests are made of: scripted policy servers, a Postfix client, and the proxy as a process.
+"""What the tests are made of: scripted policy servers, the proxy as a process, and clients; the rest is in bench/.
 
-Nothing here is monkey-patched: servers and clients are plain threads and sockets, the proxy runs
-as its user would start it. HAPOLICY_TEST_SCALE stretches every wait on a slow machine.
+Nothing here is monkey-patched: stubs are plain threads and sockets, the proxy runs as its user would start it. A
+stub is for what no process of bench/policy_service.py can show. HAPOLICY_TEST_SCALE stretches every wait on a slow
+machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import math
 import os
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-ROOT = Path(__file__).resolve().parent.parent
-#: What is tested; test_compiled.py has it run another program.
-MODULE = Path(os.environ.get('HAPOLICY_PROGRAM', ROOT / 'hapolicy_gevent.py'))
+from bench.processes import MODULE as MODULE
+from bench.processes import ROOT as ROOT
+from bench.processes import SCALE as SCALE
+from bench.processes import PolicyService, Process, Processes
+from bench.processes import accepts as accepts
+from bench.processes import free_port as free_port
+from bench.protocol import attributes as attributes
+from bench.protocol import echo_of
+from bench.protocol import is_check as is_check
+from bench.protocol import new_instance as new_instance
+from bench.protocol import request as request
+from bench.smtpd import Plan, Try, start_load
+from bench.smtpd import PostfixClient as PostfixClient
+
 T = TypeVar('T')
-SCALE = float(os.environ.get('HAPOLICY_TEST_SCALE', '1'))
-
-_instances = itertools.count(1)
-
 
 #: Becomes the command in its arguments, to which systemd has handed sockets over.
 ACTIVATED = 'import os,sys; os.environ["LISTEN_PID"]=str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])'
@@ -42,82 +50,6 @@ def wait_until(condition: Callable[[], object], seconds: float = 30, what: str |
         if time.monotonic() > give_up:
             raise AssertionError(f'not within {seconds}s: {what() if callable(what) else what or condition}')
         time.sleep(0.01)
-
-
-def _ports() -> Iterator[int]:
-    """Yield the ports of a block that no other process of the tests has, below those that connections leave from."""
-    first = 10000 + os.getpid() % 100 * 200
-    while True:
-        _block.append(socket.socket(socket.AF_UNIX))
-        try:
-            _block[-1].bind(f'\0hapolicy-test-ports-{first}')  # to its end
-            break
-        except OSError:
-            first = 10000 + (first - 9800) % 20000
-    yield from itertools.cycle(range(first, first + 200))
-
-
-_block: list[socket.socket] = []
-_free = _ports()
-
-
-def free_port(family: int = socket.AF_INET) -> int:
-    """Return a port that nobody listens on now, and that nobody else is given soon."""
-    while True:
-        port = next(_free)
-        with socket.socket(family) as sock, contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(('127.0.0.1' if family == socket.AF_INET else '::1', port))
-            return port
-
-
-def new_instance() -> str:
-    """Return an `instance` that no other message has, in Postfix's form."""
-    return f'{os.getpid():x}.{int(time.time()):x}.{next(_instances):x}.0'
-
-
-def request(**attributes: object) -> bytes:
-    """Return a policy request as Postfix sends it, with these attributes changed."""
-    values: dict[str, object] = {
-        'request': 'smtpd_access_policy',
-        'protocol_state': 'RCPT',
-        'protocol_name': 'ESMTP',
-        'client_address': '192.0.2.7',
-        'client_name': 'mail.example.net',
-        'reverse_client_name': 'mail.example.net',
-        'helo_name': 'mail.example.net',
-        'sender': 'alice@example.net',
-        'recipient': 'bob@example.org',
-        'recipient_count': '0',
-        'queue_id': '',
-        'instance': '',
-        'size': '12345',
-        'etrn_domain': '',
-        'stress': '',
-        'sasl_method': '',
-        'sasl_username': '',
-        'sasl_sender': '',
-        'ccert_subject': '',
-        'ccert_issuer': '',
-        'ccert_fingerprint': '',
-        'encryption_protocol': '',
-        'encryption_cipher': '',
-        'encryption_keysize': '0',
-        'policy_context': '',
-    }
-    values.update(attributes)
-    return ''.join(f'{name}={value}\n' for name, value in values.items()).encode() + b'\n'
-
-
-def attributes(message: bytes) -> dict[str, str]:
-    """Return the attributes of a request."""
-    lines = message.decode('utf-8', 'surrogateescape').split('\n')
-    return dict(line.rstrip('\r').split('=', 1) for line in lines if '=' in line)
-
-
-def is_check(message: bytes) -> bool:
-    """Tell whether a request is the proxy's own question."""
-    return b'protocol_state=CONNECT\n' in message and b'\nsender=\nrecipient=\n' in message
 
 
 def reset(sock: socket.socket) -> None:
@@ -157,7 +89,7 @@ Behaviour = Callable[[Peer, bytes], None]
 
 def echo(peer: Peer, message: bytes) -> None:
     """Answer with the request's own instance and the server's name: whose answer is it, and from where."""
-    peer.send(b'action=DUNNO %s %s\n\n' % (attributes(message).get('instance', '').encode(), peer.server.name.encode()))
+    peer.send(echo_of(message, peer.server.name.encode()))
 
 
 def answer(data: bytes) -> Behaviour:
@@ -186,11 +118,13 @@ def slow(seconds: float) -> Behaviour:
 
 
 class PolicyServerStub:
-    """A policy server on 127.0.0.1 (or a unix path) that does as its `behaviour` says, a thread per connection."""
+    """A policy server at an address (or a unix path) that does as its `behaviour` says, a thread per connection."""
 
-    def __init__(self, behaviour: Behaviour = echo, name: str = 'A', port: int = 0, path: str = '') -> None:
-        self.behaviour, self.name, self.path = behaviour, name, path
-        self.port = port or free_port()
+    def __init__(self, behaviour: Behaviour = echo, name: str = 'A', port: int = 0, path: str = '',
+                 host: str = '127.0.0.1') -> None:  # fmt: skip
+        self.behaviour, self.name, self.path, self._host = behaviour, name, path, host
+        self._family = socket.AF_INET6 if ':' in host else socket.AF_INET
+        self.port = port or free_port(self._family)
         self.requests: list[bytes] = []  # of mail
         self.checks = 0  # requests that the proxy asked of its own
         self.accepted = 0
@@ -201,7 +135,8 @@ class PolicyServerStub:
     @property
     def service(self) -> str:
         """The -s option's value for this server, without further fields."""
-        return f'{self.name}=unix:{self.path}' if self.path else f'{self.name}=127.0.0.1:{self.port}'
+        host = f'[{self._host}]' if ':' in self._host else self._host
+        return f'{self.name}=unix:{self.path}' if self.path else f'{self.name}={host}:{self.port}'
 
     @property
     def open(self) -> int:
@@ -215,11 +150,9 @@ class PolicyServerStub:
                 os.unlink(self.path)
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(self.path)
+            listener.listen(1024)
         else:
-            listener = socket.socket()
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(('127.0.0.1', self.port))
-        listener.listen(1024)
+            listener = socket.create_server((self._host, self.port), family=self._family, backlog=1024)
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
@@ -278,143 +211,84 @@ class PolicyServerStub:
         self.stop()
 
 
-class PostfixClient:
-    """A connection as smtpd holds it: one request at a time, answers matched by order."""
-
-    def __init__(self, where: int | str, seconds: float = 30) -> None:
-        if isinstance(where, str):
-            self.sock = socket.socket(socket.AF_UNIX)
-            self.sock.settimeout(seconds * SCALE)
-            self.sock.connect(where)
-        else:
-            self.sock = socket.create_connection(('127.0.0.1', where), timeout=seconds * SCALE)
-        self.buffer = b''
-
-    def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
-        self.sock.sendall(data)
-
-    def read_answer(self) -> bytes:
-        """Return one answer with its empty line; fewer bytes if the connection ends first."""
-        while b'\n\n' not in self.buffer:
-            data = self.sock.recv(65536)
-            if not data:
-                rest, self.buffer = self.buffer, b''
-                return rest
-            self.buffer += data
-        end = self.buffer.index(b'\n\n') + 2
-        message, self.buffer = self.buffer[:end], self.buffer[end:]
-        return message
-
-    def ask(self, message: bytes) -> str:
-        """Send a request and return the action of its answer; it must be exactly one well-formed answer (I1)."""
-        self.send(message)
-        reply = self.read_answer()
-        assert reply.startswith(b'action=') and reply.endswith(b'\n\n') and reply.count(b'\n') == 2, reply
-        assert not self.buffer, self.buffer
-        return reply[7:-2].decode()
-
-    def ask_own(self) -> str:
-        """Ask with an instance of its own; return who answered. Fails on another's answer (I2)."""
-        instance = new_instance()
-        action = self.ask(request(instance=instance))
-        if action == 'dunno':
-            return 'default'
-        word, answered, server = action.split(' ')
-        assert (word, answered) == ('DUNNO', instance), f'asked with {instance}, got {action!r}'
-        return server
-
-    def at_end(self) -> bool:
-        """Tell whether the proxy has closed the connection; waits for it."""
-        return self.sock.recv(1) == b''
-
-    def close(self) -> None:
-        """Hang up."""
-        self.sock.close()
-
-    def __enter__(self) -> PostfixClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 class SmtpdLoad:
-    """Clients that ask one request after another, as smtpds do, from `with` to its end.
+    """Clients that ask one request after another, as smtpds do, from `with` to its end: a load of bench/smtpd.py.
 
-    Where a connection ends in place of an answer, each asks once more, a second later. A request that is not
-    answered then, or by the default action, is a fault; at the end there must be none.
+    Each request must be answered by a server, with its own answer; with `second_try` at Postfix's second try, too,
+    which it makes a second after a connection ended in place of an answer. `defaults` is the part of the answers that
+    may be the default action.
     """
 
-    def __init__(self, where: int | str, clients: int = 4) -> None:
-        self._where, self._over = where, threading.Event()
-        self.answers = 0
-        self.faults: list[str] = []
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(clients)]
+    def __init__(self, where: int | str, clients: int = 4, think: float = 0.005, second_try: bool = True,
+                 defaults: float = 0.0, request_limit: int = 0) -> None:  # fmt: skip
+        place = f'unix:{where}' if isinstance(where, str) else f'127.0.0.1:{where}'
+        self._plan = Plan(place, clients, seconds=3600, think=think, patience=60 * SCALE, trace=True,
+                          request_limit=request_limit)  # fmt: skip
+        self._processes, self._second_try, self._defaults = Processes(), second_try, defaults
+        self._ended: list[Try] | None = None
 
-    def _ask(self, client: PostfixClient | None) -> PostfixClient | None:
-        for pause in (1, 0):
-            try:
-                client = client or PostfixClient(self._where, 60)
-                assert client.ask_own() != 'default'
-                self.answers += 1
-                return client
-            except (OSError, AssertionError) as error:
-                client = None
-                if not pause:
-                    self.faults.append(repr(error))
-                time.sleep(pause)
-        return None
+    @property
+    def tries(self) -> list[Try]:
+        """All tries until now."""
+        return self._load.tries if self._ended is None else self._ended
 
-    def _work(self) -> None:
-        client = None
-        while not self._over.is_set():
-            client = self._ask(client)
-            time.sleep(0.005)
+    def servers(self, since: float = 0, until: float = math.inf) -> Counter[str]:
+        """Return who answered how often between two instants (monotonic seconds)."""
+        return Counter(each.server for each in self.tries if not each.error and since <= each.when < until)
 
-    def flows(self) -> None:
+    def held(self, since: float = 0) -> list[float]:
+        """Return how long the requests were held that were answered since an instant, the longest last."""
+        return sorted(each.seconds for each in self.tries if not each.error and each.when >= since)
+
+    @property
+    def lost(self) -> list[Try]:
+        """The tries that failed at a connection that had not been found closed before; a second one has to succeed."""
+        return [each for each in self.tries if each.error not in ('', 'closed')]
+
+    def flows(self, number: int = 50) -> None:
         """Wait for further answers."""
-        count = self.answers
-        wait_until(lambda: self.answers > count + 50, what='answers')
+        count = len(self.tries) + number
+        wait_until(lambda: len(self.tries) > count, what='answers')
 
     def __enter__(self) -> SmtpdLoad:
-        for thread in self._threads:
-            thread.start()
-        self.flows()
+        self._processes.__enter__()
+        try:
+            self._load = start_load(self._plan, self._processes)
+            self.flows(self._plan.clients)
+        except BaseException:
+            self._processes.stop()
+            raise
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-        assert kind is not None or not self.faults, self.faults[:5]
+    def __exit__(self, kind: type[BaseException] | None, *more: Any) -> None:
+        try:
+            self._load.stop()
+            result = self._load.result()
+            self._ended = self._load.tries
+        finally:
+            self._processes.__exit__(kind, *more)
+        wrong = result.lost + result.swapped + result.malformed
+        wrong += result.defaults if result.defaults > self._defaults * result.requests else 0
+        wrong += 0 if self._second_try else result.errors.total()
+        assert kind is not None or not wrong, (wrong, [each for each in self._ended if each.error][:5])
+#X()['errors'], [each for each in self._ended if each.error][:5])
 
 
-class ProxyProcess:
-    """hapolicy_gevent.py as a process of its own, listening on 127.0.0.1, its log kept."""
+class ProxyProcess(Process):
+    """hapolicy_gevent.py as a process of its own, listening on 127.0.0.1."""
 
     def __init__(self, *arguments: str, port: int = 0, python: str = sys.executable,
                  before: tuple[str, ...] = (), environment: dict[str, str] | None = None,
                  inherited: socket.socket | None = None, module: Path = MODULE) -> None:  # fmt: skip
         self.port = port or free_port()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        activated: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if inherited is not None:
             before, environment = (*before, python, '-c', ACTIVATED), {**(environment or {}), 'LISTEN_FDS': '1'}
-            activated = {'pass_fds': [3], 'preexec_fn': functools.partial(os.dup2, inherited.fileno(), 3)}
-        self.process = subprocess.Popen(
-            [*before, python, str(module), f'--listen=127.0.0.1:{self.port}', '-lL', *arguments],
-            stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-            env={**os.environ, **(environment or {})}, **activated,
-        )  # fmt: skip
-        wait_until(lambda: 'serves up to' in self.log or self.process.poll() is not None, 60, 'the proxy serves')
-        assert self.process.poll() is None, self.log
-
-    @property
-    def log(self) -> str:
-        """Everything it has logged."""
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), size, 0).decode()
+            options = {'pass_fds': [3], 'preexec_fn': functools.partial(os.dup2, inherited.fileno(), 3)}
+        super().__init__([*before, python, module, f'--listen=127.0.0.1:{self.port}', '-lL', *arguments],
+                         env={**os.environ, **(environment or {})}, **options)  # fmt: skip
+        wait_until(lambda: 'serves up to' in self.log or not self.running, 60, 'the proxy serves')
+        assert self.running, self.log
 
     def logged(self, text: str, seconds: float = 30) -> None:
         """Wait until the log holds `text`."""
@@ -424,35 +298,54 @@ class ProxyProcess:
         """Connect as Postfix does."""
         return PostfixClient(self.port, seconds)
 
-    @property
-    def descriptors(self) -> int:
-        """Descriptors it has open."""
-        return len(os.listdir(f'/proc/{self.process.pid}/fd'))
-
-    @property
-    def memory(self) -> int:
-        """Resident bytes."""
-        return int(Path(f'/proc/{self.process.pid}/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-
-    @property
-    def cpu(self) -> float:
-        """Seconds of processor it has used."""
-        fields = Path(f'/proc/{self.process.pid}/stat').read_text().rsplit(')', 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
-
     def terminate(self, seconds: float = 40) -> int:
         """Send SIGTERM; return the exit status."""
-        self.process.send_signal(signal.SIGTERM)
+        self.send(signal.SIGTERM)
         return self.process.wait(seconds * SCALE)
 
     def __enter__(self) -> ProxyProcess:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        if self.running:
+            self.kill()
         assert kind is not None or 'Internal error' not in self.log, self.log
+
+
+@contextlib.contextmanager
+def processes(names: str, *options: str) -> Iterator[list[PolicyService]]:
+    """Run a process of bench/policy_service.py for each letter: to be killed, hung and brought back."""
+    with Processes() as started:
+        yield started.policy_services(names, *options)
+
+
+def ask_all(proxy: ProxyProcess, clients: int, requests: int) -> list[str]:
+    """Ask from many clients at once, each answer checked to be one, and its own; return who answered."""
+
+    def work(_: int) -> list[str]:
+        with proxy.client(120) as client:
+            return [client.ask_own() for _ in range(requests)]
+
+    return [server for each in in_threads(clients, work) for server in each]
+
+
+#: A short request; its instance is to be put in.
+ONE = b'request=smtpd_access_policy\ninstance=%s\n\n'
+
+
+def run(*arguments: str | Path, program: Sequence[str | Path] = (sys.executable, MODULE),
+        **options: Any) -> subprocess.CompletedProcess[Any]:  # fmt: skip
+    """Run the program to its end; further options are those of subprocess.run."""
+    if 'stdin' not in options:
+        options = {'input': b'', **options}
+    return subprocess.run([*program, *arguments], **{'capture_output': True, 'timeout': 60 * SCALE, **options})
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return how long something takes."""
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
+import time
 from collections import Counter
 
 import pytest
@@ -22,6 +24,8 @@ from hapolicy_gevent import (
     Service,
     StreamSink,
 )
+from tests.servers import checked
+from tests.support import Peer, ProxyProcess, attributes, echo, in_threads, new_instance, request, stubs
 
 
 def balancing(*services: Service) -> tuple[Balancer, list[Pool]]:
@@ -134,3 +138,37 @@ def test_on_trial_a_service_has_one_mail_at_a_time_and_some_where_no_other_is_up
     assert (a.places, b.places) == (5, 0)
     a.service.answered(b'DUNNO', 0, True, 1)
     assert (a.service.state, a.places) == (UP, 1000)
+
+
+@pytest.mark.slow
+def test_the_recipients_of_a_message_meet_the_connection_that_knows_it() -> None:
+    seen: dict[str, set[int]] = {}
+
+    def behave(peer: Peer, message: bytes) -> None:
+        seen.setdefault(attributes(message)['instance'], set()).add(id(peer))
+        echo(peer, message)
+
+    with stubs(checked(behave)) as (a,), ProxyProcess('-s', a.service) as proxy:
+
+        def session(_: int) -> None:
+            with proxy.client() as client:
+                for _ in range(10):
+                    instance = new_instance()
+                    for state in ('RCPT', 'RCPT', 'RCPT', 'DATA'):
+                        client.ask(request(instance=instance, protocol_state=state))
+                        time.sleep(random.random() * 0.1)
+
+        session(0)
+        assert [len(peers) for peers in seen.values()] == [1] * 10
+        in_threads(9, session)
+    split = sum(len(peers) > 1 for peers in seen.values())
+    assert len(seen) == 100 and split < 5, f'{split} of 100 messages met several connections'
+
+
+
+def test_a_message_spread_over_client_connections_goes_to_one_service() -> None:
+    with stubs(echo, echo) as (a, b), ProxyProcess('-s', a.service, '-s', b.service) as proxy:
+        with proxy.client() as one, proxy.client() as two:
+            for _ in range(20):
+                message = request(instance=new_instance())
+                assert one.ask(message) == two.ask(message)

@@ -16,9 +16,21 @@ from typing import Any
 import pytest
 
 from hapolicy_gevent import __version__
-from tests.servers import checked, processes
+from tests.servers import checked
 from tests.status import StatusProxy
-from tests.support import SCALE, Behaviour, Peer, ProxyProcess, echo, hang, hang_up, request, stubs, wait_until
+from tests.support import (
+    SCALE,
+    Behaviour,
+    Peer,
+    ProxyProcess,
+    echo,
+    hang,
+    hang_up,
+    processes,
+    request,
+    stubs,
+    wait_until,
+)
 
 CHROMIUM, DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
 if not (CHROMIUM and DRIVER):
@@ -155,7 +167,7 @@ def test_what_waits_and_what_is_silent_stand_on_the_page(browser: Browser) -> No
     with processes('AB') as (a, b), StatusProxy('-s', a.service, '-s', b.service + ':20') as proxy:
         with proxy.client() as client:
             client.ask(request())
-            a.pause()
+            a.hang()
             started = time.monotonic()
             client.send(request())
             browser.open(proxy.url)

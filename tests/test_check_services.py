@@ -13,24 +13,23 @@ import pytest
 from hapolicy_gevent import verdict
 from tests.support import (
     MODULE,
+    SCALE,
     HangUp,
     Peer,
     answer,
-    attributes,
     echo,
     free_port,
     hang,
     hang_up,
     reset,
+    run,
     stubs,
     wait_until,
 )
 
 
 def check(*services: str) -> tuple[int, list[str]]:
-    arguments = [f'--service={service}' for service in services]
-    command = [sys.executable, str(MODULE), '--check-services', *arguments]
-    done = subprocess.run(command, capture_output=True, timeout=60, text=True)
+    done = run('--check-services', *(f'--service={service}' for service in services), input='', text=True)
     assert done.stderr == ''
     assert done.stdout.count('\n') == len(services), done.stdout
     lines = {line.partition(' ')[0]: line for line in done.stdout.splitlines()}  # they come as they are answered
@@ -40,6 +39,7 @@ def check(*services: str) -> tuple[int, list[str]]:
 def test_services_that_answer_are_told_with_their_times_and_verdicts() -> None:
     with stubs(answer(b'action=DUNNO\n\n'), answer(b'action=550 5.7.1 no\n\n')) as (a, b):
         status, lines = check(a.service, b.service)
+        assert (a.checks, a.requests) == (1, []), 'the check of a proxy, and no mail'
     assert status == 0
     times = r'connect +\d+\.\d ms, answer +\d+\.\d ms'
     assert re.fullmatch(rf"A +127\.0\.0\.1:\d+ +answered +{times} +ok: 'DUNNO'", lines[0]), lines
@@ -54,7 +54,7 @@ def test_every_service_that_does_not_answer_is_told_with_the_reason() -> None:
         status, lines = check(f'R=127.0.0.1:{free_port()}', 'N=no-such-host.invalid:1', 'U=unix:/no/such/socket',
                               services[0].service + ':::1', *[service.service for service in services[1:]])  # fmt: skip
     assert status == 1
-    assert time.monotonic() - began < 20, 'all are asked at the same time'
+    assert time.monotonic() - began < 20 * SCALE, 'all are asked at the same time'
     said = [line.split('FAILED')[1].strip() for line in lines]
     expected = ['refused: connection refused', 'unreachable: ', 'refused: no such file',
                 'timeout: no answer within 1s', 'dropped: ', 'invalid: the bare number 550',
@@ -80,9 +80,8 @@ def test_an_output_that_takes_nothing_is_one_line_on_stderr(target: str) -> None
         reads, writes = os.pipe()
         os.close(reads)
         full = os.open('/dev/full', os.O_WRONLY)
-        done = subprocess.run([sys.executable, str(MODULE), '--check-services', '-s', a.service],
-                              stdout=full if target == '/dev/full' else writes, stderr=-1, text=True,
-                              timeout=60)  # fmt: skip
+        done = run('--check-services', '-s', a.service, input='', text=True, capture_output=False,
+                   stdout=full if target == '/dev/full' else writes, stderr=subprocess.PIPE)  # fmt: skip
         os.close(writes)
         os.close(full)
     assert done.returncode == 1
@@ -113,20 +112,6 @@ def test_a_second_answer_that_comes_a_moment_later_is_told() -> None:
         status, lines = check(a.service)
     assert status == 1 and 'answered' not in lines[0], lines
     assert 'FAILED    invalid: bytes after the answer' in lines[0], lines
-
-
-def test_the_request_is_the_proxys_check_and_names_no_sender_and_no_recipient() -> None:
-    seen: list[dict[str, str]] = []
-
-    def note(peer: Peer, message: bytes) -> None:
-        seen.append(attributes(message))
-        peer.send(b'action=DUNNO\n\n')
-
-    with stubs(note) as (a,):
-        assert check(a.service)[0] == 0
-        assert (a.checks, a.requests) == (1, [])
-    assert seen[0]['request'] == 'smtpd_access_policy' and seen[0]['protocol_state'] == 'CONNECT'
-    assert seen[0]['sender'] == seen[0]['recipient'] == seen[0]['instance'] == ''
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import hapolicy_gevent
 from tests.support import ROOT
 
 #: The tests that run it as a process, and need no server of Debian's.
-LIVE = ('misbehaving', 'check_services')
+LIVE = ('answers', 'check_services')
 START = """
 import sys
 sys.path.insert(0, {!r})

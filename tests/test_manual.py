@@ -76,16 +76,13 @@ def test_the_manual_page_has_every_option_in_the_words_of_help() -> None:
             assert words(line).rstrip(':').lower() in page.lower()
 
 
-def test_groff_has_nothing_to_warn_of(tmp_path: Path) -> None:
+def test_groff_has_nothing_to_warn_of() -> None:
     if not shutil.which('groff'):
         pytest.skip('groff is not installed')
-    command = ('groff', '-man', '-Tutf8', '-ww', '-rLL=100n', '-z')
-    assert run(*command, PAGE).stdout == ''
-    wrong = tmp_path / 'wrong.1'
-    wrong.write_text(PAGE.read_text() + '.no_such_macro\n')
-    assert 'no_such_macro' in run(*command, wrong).stdout
+    assert run('groff', '-man', '-Tutf8', '-ww', '-rLL=100n', '-z', PAGE).stdout == ''
 
 
+@pytest.mark.slow
 def test_pip_installs_the_manual_page_from_a_source_package(tmp_path: Path) -> None:
     if run(sys.executable, '-c', 'from setuptools.command import bdist_wheel').returncode:
         pytest.skip('setuptools is older than 70.1, or missing')
@@ -124,8 +121,6 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     for unit in (tmp_path / name for name in UNITS if name.endswith('service')):
         done = run('systemd-analyze', 'security', '--offline=yes', '--threshold=20', unit)
         assert done.returncode == 0, done.stdout
-    unit.write_text(unit.read_text().replace('Type=', 'Tyqe='))
-    assert 'Tyqe' in run('systemd-analyze', 'verify', '--man=no', tmp_path / 'hapolicy@spf.service').stdout
 
 
 def test_an_instance_is_what_the_one_unit_is_but_for_its_names() -> None:
@@ -193,19 +188,6 @@ def test_postfix_takes_the_examples_and_filters_mail_by_them(spawn: bool) -> Non
         code, text = postfix.send()
         assert code == 550 and 'filtered' in text
         assert not postfix.complaints, postfix.complaints
-
-
-@pytest.mark.needs_root
-@pytest.mark.skipif(os.geteuid() != 0, reason='not root, who alone can start a Postfix')
-@pytest.mark.skipif(bool(missing_programs()), reason=f'not installed: {missing_programs()}')
-def test_postfix_would_complain_of_a_wrong_example() -> None:
-    postfix = Example(spawn=True)
-    try:
-        path = postfix.directory / 'etc' / 'main.cf'
-        path.write_text(path.read_text().replace('smtpd_policy_service_timeout', 'smtpd_policy_service_timeuot'))
-        assert 'smtpd_policy_service_timeuot' in run('/usr/sbin/postconf', '-c', path.parent, '-n').stdout
-    finally:
-        postfix.close()
 
 
 #: The documents for users and for developers.

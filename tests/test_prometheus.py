@@ -16,9 +16,22 @@ from typing import Any
 
 import pytest
 
-from tests.servers import checked, processes
+from tests.servers import checked
 from tests.status import StatusProxy
-from tests.support import ROOT, SCALE, answer, echo, free_port, hang_up, request, slow, stubs, wait_until
+from tests.support import (
+    ROOT,
+    SCALE,
+    answer,
+    echo,
+    free_port,
+    hang_up,
+    processes,
+    request,
+    run,
+    slow,
+    stubs,
+    wait_until,
+)
 
 pytest.importorskip('prometheus_client', reason='prometheus-client is not installed')
 needs_promtool = pytest.mark.skipif(not shutil.which('promtool'), reason='promtool (prometheus) is not installed')
@@ -64,7 +77,7 @@ class Prometheus:
         """End it."""
         self.process.terminate()
         try:
-            self.process.wait(20)
+            self.process.wait(20 * SCALE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -112,7 +125,7 @@ def test_prometheus_sees_within_seconds_what_hangs(tmp_path: Path) -> None:
             client.ask(request())
             wait_until(lambda: server.query('hapolicy_service_p99_seconds') != {}, 30, 'the first scrape')
             assert server.query('hapolicy_in_flight') == {'': 0} and server.query('hapolicy_service_stalled')['A'] == 0
-            a.pause()
+            a.hang()
             started = time.monotonic()
             client.send(request())
             wait_until(lambda: server.query('hapolicy_service_stalled') == {'A': 1, 'B': 0}, 20, 'the stall')
@@ -132,14 +145,14 @@ def test_promtool_finds_no_fault_in_the_metrics() -> None:
             for _ in range(10):
                 client.ask(request())
         text = proxy.fresh('/metrics')
-    done = subprocess.run(['promtool', 'check', 'metrics'], input=text, capture_output=True, text=True, timeout=60)
+    done = run('check', 'metrics', program=['promtool'], input=text, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, '')
 
 
 @needs_promtool
 def test_promtool_takes_the_alerts() -> None:
     rules = ROOT / 'contrib' / 'prometheus-alerts.yml'
-    done = subprocess.run(['promtool', 'check', 'rules', str(rules)], capture_output=True, text=True, timeout=60)
+    done = run('check', 'rules', rules, program=['promtool'], text=True, input='')
     assert done.returncode == 0 and '9 rules found' in done.stdout, done
 
 

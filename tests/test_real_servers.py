@@ -26,9 +26,9 @@ from typing import Any
 import pytest
 
 from tests import postfix
-from tests.postfix import Postfix, accepts, arguments, missing_programs, processes
+from tests.postfix import Postfix, arguments, missing_programs, processes
 from tests.status import StatusProxy
-from tests.support import MODULE, ROOT, SCALE, PostfixClient, free_port, new_instance, request, wait_until
+from tests.support import MODULE, ROOT, SCALE, PostfixClient, accepts, free_port, new_instance, request, wait_until
 
 #: A file of each of Debian's packages that are needed.
 PROGRAMS = {

@@ -29,7 +29,7 @@ from hapolicy_gevent import (
     parse_service,
     quantiles,
 )
-from tests.servers import checked, processes
+from tests.servers import checked
 from tests.status import StatusProxy
 from tests.support import (
     MODULE,
@@ -43,7 +43,10 @@ from tests.support import (
     hang,
     hang_up,
     new_instance,
+    processes,
     request,
+    run,
+    seconds_of,
     slow,
     stubs,
     wait_until,
@@ -198,7 +201,7 @@ def test_what_waits_is_told_within_seconds_and_quantiles_count_it() -> None:
             before = proxy.data()
             assert [row['silent'] for row in before['services']] == [0, 0] and before['in_flight'] == 0
             assert before['services'][0]['p99'] < 1 and before['services'][0]['last_failure'] is None
-            a.pause()
+            a.hang()
             clients = [stack.enter_context(proxy.client()) for _ in range(3)]
             for client in clients:
                 client.send(request(instance=new_instance()))
@@ -237,16 +240,21 @@ def test_a_failed_query_counts_with_its_time_and_its_reason_is_kept() -> None:
 def test_a_service_is_stalled_until_it_answers_though_its_queries_have_failed() -> None:
     with processes('A') as (a,), StatusProxy('-s', a.service + f':::{1.5 * SCALE:g}', '--stall=0.5') as proxy:
         ask(proxy, 1)
-        a.pause()
+        a.hang()
         with proxy.client() as client:
             assert client.ask(request()) == 'dunno'
+        proxy.logged('failed: timeout')
         data = proxy.data()
         row = data['services'][0]
         assert (data['in_flight'], row['in_flight'], row['stalled'], row['failures']['timeout']) == (0, 0, True, 1)
         assert row['silent'] > SCALE
-        a.process.send_signal(signal.SIGCONT)
+        time.sleep(3)
+        assert 'no longer stalled' not in proxy.log, 'its query has failed, and nothing is in flight'
+        a.wake()
+        proxy.logged('is no longer stalled')
         wait_until(lambda: not proxy.data()['services'][0]['stalled'], 20, 'its answer')
         assert proxy.data()['services'][0]['silent'] == 0
+        assert proxy.log.count('is stalled') == proxy.log.count('is no longer stalled') == 1
 
 
 def test_what_waits_for_a_connection_is_in_flight() -> None:
@@ -331,7 +339,7 @@ def test_a_proxy_that_drains_answers_and_says_so() -> None:
         data = proxy.data()
         assert data['draining'] and data['headline']['text'].startswith('Draining: no new client is accepted, 1 ')
         assert client.read_answer() == b'action=DUNNO  A\n\n'
-        assert proxy.process.wait(10) == 0
+        assert proxy.process.wait(10 * SCALE) == 0
 
 
 # -- metrics
@@ -472,7 +480,7 @@ def test_only_get_and_head() -> None:
 def test_broken_requests_get_an_end_and_leave_no_trace(sent: bytes) -> None:
     with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
         for reset in (False, True):
-            with socket.create_connection(('127.0.0.1', proxy.status_port), timeout=20) as sock:
+            with socket.create_connection(('127.0.0.1', proxy.status_port), timeout=20 * SCALE) as sock:
                 sock.sendall(sent)
                 if reset:
                     continue
@@ -495,17 +503,16 @@ def test_broken_requests_get_an_end_and_leave_no_trace(sent: bytes) -> None:
 def test_headers_are_read_up_to_8_kb(headers: bytes) -> None:
     with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
         for sent, status in ((headers, b'400'), (headers[:6000] + b'\r\n', b'200')):
-            with socket.create_connection(('127.0.0.1', proxy.status_port), timeout=20) as sock:
+            with socket.create_connection(('127.0.0.1', proxy.status_port), timeout=20 * SCALE) as sock:
                 sock.sendall(b'GET /health HTTP/1.1\r\n' + sent + b'\r\n')
                 assert sock.recv(12) == b'HTTP/1.1 ' + status
 
 
 def test_connections_that_say_nothing_are_ended_and_others_are_served() -> None:
     with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        calm = seconds_of(lambda: ask(proxy, 50))
         quiet = [socket.create_connection(('127.0.0.1', proxy.status_port)) for _ in range(30)]
-        started = time.monotonic()
-        ask(proxy, 50)
-        assert time.monotonic() - started < 2, 'mail is not delayed'
+        assert seconds_of(lambda: ask(proxy, 50)) < 10 * calm + 1, 'mail is not delayed'
         assert proxy.get('/health', seconds=25).status == 200
         for sock in quiet:
             sock.settimeout(20)
@@ -519,10 +526,10 @@ def test_a_request_that_drips_in_is_cut_off() -> None:
         with socket.create_connection(('127.0.0.1', proxy.status_port)) as drip:
             drip.sendall(b'GET / HTTP/1.1\r\n')
             with pytest.raises(OSError):
-                while time.monotonic() - started < 30:
+                while time.monotonic() - started < 30 * SCALE:
                     drip.sendall(b'x: y\r\n')
                     time.sleep(0.2)
-        assert time.monotonic() - started < 12
+        assert time.monotonic() - started < 12 * SCALE
 
 
 #: Serves what no buffer holds to one who does not read it, and tells what stands in the log.
@@ -553,7 +560,7 @@ print(received < 50_000_000, lines)
 def test_a_reader_that_stops_is_cut_off() -> None:
     done = subprocess.run(
         [sys.executable, '-c', STOPPED_READER % free_port()], capture_output=True, text=True, cwd=ROOT,
-        timeout=60,
+        timeout=60 * SCALE,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ('True []\n', '')
 
@@ -581,7 +588,7 @@ def test_an_endless_upload_is_cut_off_and_holds_up_no_mail() -> None:
         stop.set()
         for thread in threads:
             thread.join()
-    assert max(ended) - started < 4 and max(delays) < 1, (ended, max(delays))
+    assert max(ended) - started < 4 * SCALE and max(delays) < SCALE, (ended, max(delays))
 
 
 def test_clients_that_keep_their_end_open_leave_room_for_others() -> None:
@@ -591,7 +598,7 @@ def test_clients_that_keep_their_end_open_leave_room_for_others() -> None:
             sock.sendall(b'GET /health HTTP/1.1\r\n\r\n')
         started = time.monotonic()
         assert proxy.get('/health').status == 200
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 4, 'each of them may last 5 s'
 
 
 def test_hostile_load_on_the_status_does_not_stop_mail() -> None:
@@ -617,7 +624,7 @@ def test_hostile_load_on_the_status_does_not_stop_mail() -> None:
             stop.set()
             for thread in threads:
                 thread.join()
-    assert sorted(delays)[100] < 0.1 and max(delays) < 1, sorted(delays)[-5:]
+    assert sorted(delays)[100] < 0.1 * SCALE and max(delays) < SCALE, sorted(delays)[-5:]
 
 
 # -- the page
@@ -639,10 +646,6 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
 
 
 # -- the command line
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, str(MODULE), *arguments], input=b'', capture_output=True, timeout=60)
 
 
 @pytest.mark.parametrize(

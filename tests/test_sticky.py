@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -35,7 +34,7 @@ from hapolicy_gevent import (
     parse_sticky,
 )
 from tests.postfix import PYTHON
-from tests.servers import checked, processes
+from tests.servers import checked
 from tests.support import (
     MODULE,
     ROOT,
@@ -45,6 +44,7 @@ from tests.support import (
     echo,
     in_threads,
     new_instance,
+    processes,
     request,
     slow,
     stubs,
@@ -313,7 +313,7 @@ def test_another_python_with_another_seed_of_hashes_comes_to_the_same(seed: str)
         print(zlib.crc32(' '.join(names).encode()))
     """
     done = subprocess.run([PYTHON, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONHASHSEED': seed},
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=60 * SCALE)  # fmt: skip
     assert done.stdout.strip() == str(MANY), done
 
 
@@ -550,12 +550,12 @@ def test_mail_at_a_cold_start_meets_its_service_however_long_a_check_takes() -> 
 def test_a_service_that_hangs_holds_its_mail_for_a_second_and_no_other() -> None:
     with processes('AB') as (a, b), ProxyProcess('-s', f'{a.service}:::3', '-s', b.service, STICKY) as proxy:
         before = placed(proxy)
-        a.pause()
+        a.hang()
         began = time.monotonic()
         assert {placed(proxy, [mail])[mail] for mail in before if before[mail] == 'B'} == {'B'}
         assert time.monotonic() - began < 3 * SCALE
         assert set(in_threads(len(before), lambda mail: placed(proxy, [mail])[mail])) == {'B'}
-        os.kill(a.process.pid, signal.SIGCONT)
+        a.wake()
         wait_until(lambda: placed(proxy) == before, what='A has its mail again')
 
 
@@ -567,13 +567,5 @@ def test_each_process_under_spawn_comes_to_the_same_choice() -> None:
         for mail in (0, 7, 13):
             sent = request(client_address=f'192.0.2.{mail}', recipient=f'{traffic.name(mail)}@example.org')
             command = [sys.executable, str(MODULE), *arguments]
-            done = subprocess.run(command, input=sent, capture_output=True, timeout=60)
+            done = subprocess.run(command, input=sent, capture_output=True, timeout=60 * SCALE)
             assert done.stdout.split()[-1].decode() == expected[mail]
-
-
-def test_a_mistake_in_the_option_ends_the_start_with_one_line() -> None:
-    done = subprocess.run([sys.executable, str(MODULE), '-s', 'a=h:1', '--sticky=sender,client_adress'],
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("hapolicy: --sticky 'sender,client_adress': 'client_adress' is no attribute")
-    assert done.stderr.count('\n') == 1 and 'allowed is' in done.stderr

@@ -8,15 +8,16 @@ from collections import Counter
 
 import pytest
 
-from tests.servers import checked, for_sender
+from tests.servers import FewAtATime, checked, closes_after, for_sender, twice
 from tests.support import (
     SCALE,
     Behaviour,
     HangUp,
     Peer,
-    PostfixClient,
     ProxyProcess,
+    SmtpdLoad,
     answer,
+    ask_all,
     attributes,
     echo,
     hang,
@@ -27,7 +28,6 @@ from tests.support import (
     reset,
     slow,
     stubs,
-    wait_until,
 )
 
 
@@ -42,42 +42,9 @@ POISON: dict[str, Behaviour] = {
     'answers rubbish': answer(b'Traceback (most recent call last):\n\n'),
     'answers half and ends': half,
 }
+
+
 SETS = {'one': ('',), 'two': ('', ''), 'three of two prios': (':10', ':10', ':20')}
-
-
-class GoodMail:
-    """Good mail, a message each time, from some clients; how long each request waited, and what it got."""
-
-    def __init__(self, proxy: ProxyProcess, clients: int, pause: float) -> None:
-        self.waited: list[float] = []
-        self.servers: list[str] = []
-        self._pause, self._stop = pause, threading.Event()
-        self._errors: list[BaseException] = []
-        self._threads = [
-            threading.Thread(target=self._run, args=(proxy.client(120),), daemon=True) for _ in range(clients)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, client: PostfixClient) -> None:
-        try:
-            while not self._stop.is_set():
-                started = time.monotonic()
-                self.servers.append(client.ask_own())
-                self.waited.append(time.monotonic() - started)
-                time.sleep(self._pause)
-        except BaseException as error:
-            self._errors.append(error)
-
-    def __enter__(self) -> GoodMail:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(120 * SCALE)
-            assert not thread.is_alive(), 'good mail still waits'
-        assert kind is not None or not self._errors, self._errors[0]
 
 
 @pytest.mark.parametrize('services', SETS)
@@ -86,7 +53,8 @@ def test_i9_mail_that_makes_a_server_fail_costs_no_other_mail_its_verdict(poison
     fields = SETS[services]
     with stubs(*[for_sender('poison', POISON[poison]) for _ in fields]) as running:
         arguments = [f'-s{server.service}{field}' for server, field in zip(running, fields, strict=True)]
-        with ProxyProcess(*arguments) as proxy, proxy.client() as stranger, GoodMail(proxy, 3, 0.1) as good:
+        with (ProxyProcess(*arguments) as proxy, proxy.client() as stranger,
+              SmtpdLoad(proxy.port, 3, 0.1, second_try=False) as good):  # fmt: skip
             for _ in range(5):
                 asked = [len(server.requests) for server in running]
                 instance = new_instance()
@@ -95,18 +63,7 @@ def test_i9_mail_that_makes_a_server_fail_costs_no_other_mail_its_verdict(poison
                     times = sum(instance.encode() in message for message in server.requests[before:])
                     assert times <= 2, f'delivered {times} times to {server.name}'
                 time.sleep(0.2)
-            wait_until(lambda: len(good.servers) > 10)
-        assert 'default' not in good.servers
-        assert max(good.waited) < 10 * SCALE, 'its timeout is 30 s'
-
-
-def test_a_poisonous_message_is_delivered_once_where_no_connection_had_ended() -> None:
-    # the connection that it rides on has just been checked: what ends it is the message
-    with stubs(for_sender('poison', hang_up)) as (a,), ProxyProcess('-s', a.service) as proxy:
-        time.sleep(0.5)
-        with proxy.client() as client:
-            client.ask(request(sender='poison', instance=new_instance()))
-        assert len(a.requests) <= 2
+        assert good.held()[-1] < 10 * SCALE, 'its timeout is 30 s'
 
 
 @pytest.mark.parametrize(('messages', 'maximum'), [(200, ''), (50, '5')])
@@ -120,12 +77,10 @@ def test_i9_messages_that_no_server_answers_in_time_cost_good_mail_its_wait_alon
                 with proxy.client(120) as client:
                     return client.ask(request(sender='tarpit', instance=new_instance()))
 
-            with GoodMail(proxy, 5, 0.05) as good:
-                time.sleep(0.5)
+            with SmtpdLoad(proxy.port, 5, 0.05, second_try=False) as good:
                 assert set(in_threads(messages, tarpit)) == {'dunno'}
                 time.sleep(0.5)
-            print(f'{messages} messages, max {maximum or 100}: good mail waited {max(good.waited):.1f}s at most')
-            assert 'default' not in good.servers, f'{good.servers.count("default")} of {len(good.servers)}'
+            print(f'{messages} messages, max {maximum or 100}: good mail waited {good.held()[-1]:.1f}s at most')
 
 
 @pytest.mark.parametrize('position', ['oldest', 'middle', 'youngest'])
@@ -154,9 +109,9 @@ def test_i9_slow_messages_teach_nothing_of_how_many_connections_are_served(posit
 
 def test_i9_a_slow_message_alone_stops_no_other() -> None:
     with stubs(for_sender('slow', slow(20))) as (a,), ProxyProcess('-s', a.service + ':::3', '--stall=1') as proxy:
-        with proxy.client() as stranger, GoodMail(proxy, 2, 0.1) as good:
+        with proxy.client() as stranger, SmtpdLoad(proxy.port, 2, 0.1, second_try=False) as good:
             assert stranger.ask(request(sender='slow', instance=new_instance())) == 'dunno'
-        assert set(good.servers) == {'A'} and sorted(good.waited)[len(good.waited) // 2] < 0.5 * SCALE
+        assert good.held()[len(good.held()) // 2] < 0.5 * SCALE
         assert 'is down' not in proxy.log and 'is on trial' not in proxy.log
 
 
@@ -195,9 +150,36 @@ def test_i9_mail_that_is_hung_up_on_and_then_hangs_costs_no_other_its_answer() -
         raise HangUp  # so each connection is used once, and a request that is sent again waits in line
 
     with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::1') as proxy:
-        with GoodMail(proxy, 8, 0) as good, proxy.client() as stranger:
-            wait_until(lambda: len(good.servers) > 20)
+        with SmtpdLoad(proxy.port, 8, 0, second_try=False), proxy.client() as stranger:
             for _ in range(3):
                 assert stranger.ask(request(sender='evil', instance=new_instance())) == 'dunno'
-        assert set(good.servers) == {'A'}
-        assert 'Internal error' not in proxy.log
+
+
+def test_i9_mail_that_is_hung_up_on_slows_no_other_where_each_connection_is_used_once() -> None:
+    evil = for_sender('evil', hang_up, closes_after(1, slow(0.2)))
+    with stubs(evil) as (a,), ProxyProcess('-s', a.service) as proxy:
+        assert ask_all(proxy, 40, 1) == ['A'] * 40
+        stop = threading.Event()
+
+        def disturb() -> None:
+            with proxy.client() as stranger:
+                while not stop.wait(0.1):
+                    stranger.ask(request(sender='evil', instance=new_instance()))
+
+        stranger = threading.Thread(target=disturb)
+        stranger.start()
+        began = time.monotonic()
+        assert ask_all(proxy, 40, 10) == ['A'] * 400
+        stop.set()
+        stranger.join()
+        assert time.monotonic() - began < 3 * 2.0 * SCALE, 'ten times 0.2 s is what 40 places need'
+
+
+def test_i9_mail_that_is_answered_twice_costs_the_mail_at_a_server_with_a_limit_no_verdict() -> None:
+    evil = for_sender('evil', twice(0), slow(0.005))
+    with FewAtATime(5, evil) as a, ProxyProcess('-s', a.service) as proxy:
+        assert set(ask_all(proxy, 20, 5)) == {'A'}
+        with proxy.client() as stranger:
+            stranger.ask(request(sender='evil', instance=new_instance()))
+        assert set(ask_all(proxy, 20, 5)) == {'A'}
+        proxy.logged('each of its connections is used once')

@@ -12,8 +12,7 @@ import pytest
 
 from tests import machine
 from tests.machine import Machine
-from tests.postfix import LookingLoad
-from tests.support import ROOT, PolicyServerStub, PostfixClient, echo, request, slow, wait_until
+from tests.support import ROOT, PolicyServerStub, PostfixClient, SmtpdLoad, echo, request, slow, wait_until
 
 pytestmark = [
     pytest.mark.skipif(bool(machine.missing()), reason=machine.missing()),
@@ -126,7 +125,7 @@ def test_kills_and_restarts_under_load_cost_no_request(host: Host, command: str)
     """After a kill Postfix's second try, a second later, is answered by the next process; a restart needs none."""
     host.server.behaviour = slow(0.02)
     host.machine.run('systemctl start hapolicy')
-    load = LookingLoad(host.path, 16)
+    load = SmtpdLoad(host.path, 16)
     with load:
         for _ in range(3):
             host.machine.run(f'systemctl {command} hapolicy')

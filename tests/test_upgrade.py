@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.postfix import LookingLoad
-from tests.support import ROOT, ProxyProcess, free_port, slow, stubs
+from tests.support import ROOT, ProxyProcess, SmtpdLoad, free_port, slow, stubs
 
 #: The version before the units and the package: who has it upgrades from there.
 BEFORE = '74a7e26e624432c8c2fe96a2f13455a1d8002cfe'
@@ -86,7 +85,7 @@ def test_an_upgrade_and_the_way_back_lose_nothing_under_load(
                 python=str(version.python), module=version.command))  # fmt: skip
 
         old, version = start(earlier), earlier
-        load = LookingLoad(where, 16)
+        load = SmtpdLoad(where, 16)
         with load:
             for following in (this, earlier, this, this):
                 load.flows()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from hapolicy_gevent import Service, Statistics, SyslogSink, parse_service, printable, report_error, request_line
-from tests.servers import checked, processes
+from tests.servers import checked
 from tests.support import (
     MODULE,
     SCALE,
@@ -110,20 +109,16 @@ def daemon(path: str, kind: int = socket.SOCK_DGRAM) -> Iterator[socket.socket]:
                 os.unlink(path)
 
 
-def test_syslog_gets_facility_mail_and_our_ident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('names', [(), ('spf-1',)])
+def test_syslog_gets_facility_mail_and_our_ident(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
     with daemon(str(tmp_path / 'log')) as log:
-        assert SyslogSink().write([(4, 'caf\u00e9')]) == []
+        assert SyslogSink(*names).write([(4, 'caf\u00e9')]) == []
         line = log.recv(1000).decode()
         stamp = r'[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d'
-        assert re.match(rf'<20>{stamp} hapolicy\[{os.getpid()}\]: caf\u00e9$', line), line
-
-
-def test_syslog_gets_the_name_of_this_hapolicy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
-    with daemon(str(tmp_path / 'log')) as log:
-        assert SyslogSink('spf-1').write([(4, 'x')]) == []
-        assert log.recv(1000).endswith(f' spf-1[{os.getpid()}]: x'.encode())
+        assert re.match(rf'<20>{stamp} {"".join(names) or "hapolicy"}\[{os.getpid()}\]: caf\u00e9$', line), line
 
 
 def test_a_syslog_daemon_may_read_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +143,8 @@ def test_a_stream_that_nobody_reads_costs_a_second_for_a_line(tmp_path: Path, mo
         sink, lines = SyslogSink(), [(6, 'x' * 8000)] * 100
         started = time.monotonic()
         while not sink.write(lines[:1]):
-            assert time.monotonic() - started < 30
-        assert time.monotonic() - started < 10
+            assert time.monotonic() - started < 30 * SCALE
+        assert time.monotonic() - started < 10 * SCALE
 
 
 def test_a_syslog_daemon_that_restarts_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,9 +197,9 @@ def test_the_server_logs_to_dev_log_and_a_hung_daemon_delays_nobody(dev_log: soc
                 started = time.monotonic()
                 for _ in range(2000):
                     assert client.ask_own() == 'A'
-                assert time.monotonic() - started < 30
+                assert time.monotonic() - started < 30 * SCALE
             process.terminate()
-            assert process.wait(15) == 0
+            assert process.wait(15 * SCALE) == 0
         finally:
             process.kill()
             process.wait()
@@ -218,7 +213,7 @@ def test_without_syslog_the_server_logs_to_stderr() -> None:
         with PostfixClient(port) as client:
             client.ask(request(instance='i1'))
         process.terminate()
-        _, said = process.communicate(timeout=15)
+        _, said = process.communicate(timeout=15 * SCALE)
         assert re.search(r'\[LOG info\]: \[A\] \(', said.decode()), said
 
 
@@ -306,17 +301,23 @@ def test_summaries_go_on_while_a_request_waits() -> None:
 
 
 @pytest.mark.slow
-def test_a_service_is_no_longer_stalled_when_it_has_answered_and_not_before() -> None:
-    with processes('A') as (a,), ProxyProcess('-s', a.service + f':::{1.5 * SCALE:g}', '--stall=0.5') as proxy:
-        with proxy.client() as client:
-            assert client.ask_own() == 'A'
-            a.pause()
-            assert client.ask_own() == 'default'
-            proxy.logged('is stalled')
-            proxy.logged('failed: timeout')
-            time.sleep(3)
-            assert 'no longer stalled' not in proxy.log, 'its query has failed, and nothing is in flight'
-            a.process.send_signal(signal.SIGCONT)
-            proxy.logged('is no longer stalled')
-            assert client.ask_own() == 'A'
-        assert proxy.log.count('is stalled') == proxy.log.count('is no longer stalled') == 1
+def test_i6_a_hung_or_missing_reader_of_the_log_delays_nobody() -> None:
+    with stubs(echo) as (a,):
+        port = free_port()
+        process = subprocess.Popen(
+            [sys.executable, str(MODULE), f'--listen=127.0.0.1:{port}', '-lvL', '-s', a.service], stdout=subprocess.PIPE
+        )
+        try:
+            wait_until(lambda: socket.socket().connect_ex(('127.0.0.1', port)) == 0)
+            with PostfixClient(port) as client:
+                started = time.monotonic()
+                for _ in range(1500):  # many times what a pipe holds
+                    assert client.ask_own() == 'A'
+                assert time.monotonic() - started < 30 * SCALE
+            process.terminate()
+            assert process.wait(60 * SCALE) == 0
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()

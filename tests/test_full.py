@@ -1,0 +1,208 @@
+"""A server that is full: prefork servers, limits of connections, `max`, and who waits for a place."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from tests.servers import End, FewAtATime, Prefork, closes_after
+from tests.support import (
+    SCALE,
+    HangUp,
+    Peer,
+    PostfixClient,
+    ProxyProcess,
+    SmtpdLoad,
+    ask_all,
+    echo,
+    in_threads,
+    is_check,
+    new_instance,
+    request,
+    reset,
+    seconds_of,
+    slow,
+    stubs,
+)
+
+
+@pytest.mark.parametrize('takes', [0.005, 0.05, 0.5])
+def test_one_prefork_server_with_fewer_children_than_clients_answers_every_request(takes: float) -> None:
+    children, clients = 5, 30
+    requests = {0.005: 20, 0.05: 8, 0.5: 1}[takes]
+    with Prefork(children, slow(takes)) as a, ProxyProcess('-s', a.service) as proxy:
+        seconds = seconds_of(lambda: set(ask_all(proxy, clients, requests)) == {'A'} or pytest.fail('a default'))
+        needed = takes * clients * requests / children
+        print(f'{takes}s a request: {seconds:.2f}s, {needed:.2f}s are needed')
+        assert seconds < 1.5 * needed + 10 * SCALE, 'its timeout is 30 s'
+        assert proxy.log.count('is full: it serves ') <= 1 and 'is down' not in proxy.log
+
+
+def test_the_same_prefork_server_behind_two_proxies_answers_both() -> None:
+    with Prefork(5, slow(0.005)) as a, ProxyProcess('-s', a.service) as one, ProxyProcess('-s', a.service) as other:
+        with (SmtpdLoad(one.port, 10, 0, second_try=False) as first,
+              SmtpdLoad(other.port, 10, 0, second_try=False) as second):  # fmt: skip
+            time.sleep(4 * SCALE)
+        assert max(first.held()[-1], second.held()[-1]) < 4 * SCALE
+
+
+def test_a_prefork_server_that_postfix_asks_directly_too_answers_both() -> None:
+    with Prefork(5, slow(0.005)) as a, ProxyProcess('-s', a.service) as proxy:
+        with (SmtpdLoad(proxy.port, 8, 0.01, second_try=False, request_limit=5) as ours,
+              SmtpdLoad(a.port, 4, 0.01, second_try=False, request_limit=5) as direct):  # fmt: skip
+            time.sleep(6 * SCALE)
+        assert max(ours.held()[-1], direct.held()[-1]) < 6 * SCALE
+
+
+def test_the_last_idle_connection_to_a_full_server_is_not_kept_from_others() -> None:
+    with Prefork(1, slow(0.05)) as a, ProxyProcess('-s', a.service) as proxy:
+        assert set(ask_all(proxy, 3, 20)) == {'A'}
+        proxy.logged('is full')
+        with PostfixClient(a.port) as client:
+            assert seconds_of(client.ask_own) < 15 * SCALE, 'it would be kept for 30 s'
+
+
+@pytest.mark.parametrize('end', [socket.socket.close, reset])
+def test_a_server_that_ends_connections_beyond_its_limit_is_used_up_to_it(end: End) -> None:
+    with FewAtATime(5, slow(0.02), end) as a, ProxyProcess('-s', a.service) as proxy:
+        seconds = seconds_of(lambda: set(ask_all(proxy, 20, 15)) == {'A'} or pytest.fail('a default'))
+        assert seconds < 2 * 20 * 15 * 0.02 / 5 + 10 * SCALE
+        assert 'is down' not in proxy.log
+        assert proxy.log.count('is full: it serves 5 connections') <= 1
+
+
+def test_max_holds_for_connections_and_checks_together() -> None:
+    with stubs(slow(0.05)) as (a,), ProxyProcess('-s', a.service + '::::3') as proxy:
+        most, stop = [0], threading.Event()
+
+        def watch() -> None:
+            while not stop.is_set():
+                most[0] = max(most[0], a.open)
+                time.sleep(0.001)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        assert set(ask_all(proxy, 20, 10)) == {'A'}
+        stop.set()
+        watcher.join()
+        assert most[0] == 3
+
+
+@pytest.mark.parametrize('end', [socket.socket.close, reset])
+def test_a_server_that_answers_once_on_each_of_a_few_connections_is_used_up_to_its_limit(end: End) -> None:
+    with (
+        FewAtATime(5, closes_after(1, slow(0.01)), end) as a,
+        ProxyProcess('-s', a.service) as proxy,
+    ):
+        began = time.monotonic()
+        got = Counter(ask_all(proxy, 20, 100))
+        assert got['A'] > 0.97 * 2000, got  # all but some at the start
+        assert time.monotonic() - began < 2000 * 0.01 * SCALE, 'one at a time'
+        proxy.logged('is full')
+        assert 'is down' not in proxy.log
+
+
+def test_a_check_that_is_hung_up_on_while_connections_are_used_once_slows_nobody_for_long() -> None:
+    hangs, slowly, stop, hung_up = threading.Event(), threading.Event(), threading.Event(), itertools.count(1)
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if is_check(message) and hangs.is_set():
+            if next(hung_up) == 60:  # so that some check is hung up on twice
+                hangs.clear()
+            raise HangUp
+        if slowly.is_set() and not is_check(message):
+            time.sleep(0.02)  # some connections are open when the check is hung up on
+        echo(peer, message)
+        if not is_check(message) and len(peer.server.requests) % 20 == 0:
+            echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy:
+
+        def work(_: int) -> None:
+            with proxy.client() as client:
+                while not stop.is_set():
+                    client.ask(request(instance=new_instance()))
+
+        def count() -> int:
+            before = len(a.requests)
+            time.sleep(2)
+            return len(a.requests) - before
+
+        def measure() -> None:
+            try:
+                proxy.logged('each of its connections is used once')
+                counted.append(count())
+                slowly.set()
+                time.sleep(0.5)
+                hangs.set()
+                proxy.logged('is full')
+                slowly.clear()
+                time.sleep(1)
+                counted.append(count())
+            finally:
+                stop.set()
+
+        counted: list[int] = []
+        measuring = threading.Thread(target=measure)
+        measuring.start()
+        in_threads(40, work)
+        measuring.join()
+        assert counted[1] > counted[0] / 5, counted
+
+
+def test_connections_that_messages_hold_are_given_up_too() -> None:
+    with Prefork(2, slow(0.01)) as a, ProxyProcess('-s', a.service) as proxy:
+        with SmtpdLoad(proxy.port, 10, 0.1, second_try=False):
+            time.sleep(2)
+            for _ in range(4):
+                with PostfixClient(a.port, 40) as client:
+                    assert seconds_of(client.ask_own) < 12 * SCALE
+
+
+@pytest.mark.parametrize('ending', ['returned', 'died', 'timed out', 'client gone'])
+def test_a_freed_place_wakes_a_waiter_whatever_freed_it(ending: str) -> None:
+    blocked = threading.Event()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if b'first' in message:
+            blocked.set()
+            if ending == 'returned':
+                time.sleep(0.3)
+            elif ending == 'died':
+                time.sleep(0.3)
+                raise HangUp
+            else:
+                peer.hang()
+        echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service + ':::2:1') as proxy:
+        with proxy.client() as client:
+            assert client.ask_own() == 'A'
+        time.sleep(0.1)
+        first = proxy.client()
+        first.send(request(instance='first'))
+        assert blocked.wait(30 * SCALE)
+        waiting = [proxy.client() for _ in range(3)]
+        for i, client in enumerate(waiting):
+            client.send(request(instance=f'w{i}'))
+        if ending == 'client gone':
+            reset(first.sock)
+        for i, client in enumerate(waiting):
+            assert client.read_answer() == b'action=DUNNO w%d A\n\n' % i
+
+
+def test_a_waiter_that_leaves_does_not_take_a_place_with_it() -> None:
+    with stubs(slow(0.2)) as (a,), ProxyProcess('-s', a.service + '::::1') as proxy:
+        for _ in range(3):
+            clients = [proxy.client() for _ in range(6)]
+            for client in clients:
+                client.send(request(instance=new_instance()))
+            for client in clients[1::2]:
+                reset(client.sock)
+            for client in clients[::2]:
+                assert client.read_answer().startswith(b'action=DUNNO')

@@ -1,0 +1,210 @@
+"""A server that hangs or is slow: what it holds and for how long, stalls, timeouts and the deadline."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tests.servers import checked
+from tests.support import (
+    SCALE,
+    Peer,
+    ProxyProcess,
+    SmtpdLoad,
+    ask_all,
+    echo,
+    hang,
+    in_threads,
+    is_check,
+    new_instance,
+    processes,
+    request,
+    seconds_of,
+    slow,
+    stubs,
+    wait_until,
+)
+
+
+def test_a_server_that_hangs_with_mail_holds_few_of_it_beside_another() -> None:
+    with stubs(checked(hang), slow(0.005)) as (a, b):
+        with ProxyProcess('-s', a.service + ':::1', '-s', b.service) as proxy, proxy.client() as client:
+            end, held = time.monotonic() + 4, 0
+            while time.monotonic() < end:
+                started = time.monotonic()
+                assert client.ask_own() == 'B'
+                held += time.monotonic() - started > 0.99
+            assert 2 <= held <= 2 + 5, held
+
+
+def test_a_server_that_hangs_with_mail_holds_five_smtpds_where_it_is_alone() -> None:
+    now, most, lock = [0], [0], threading.Lock()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        try:
+            peer.hang() if broken.is_set() else echo(peer, message)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    broken = threading.Event()
+    broken.set()
+    with stubs(checked(behave)) as (a,), ProxyProcess('-s', a.service + ':::2') as proxy:
+        in_threads(2, lambda i: ask_all(proxy, 1, 1))
+        proxy.logged('is on trial')
+        most[0] = 0
+        end = time.monotonic() + 4.5
+        held: list[float] = []
+
+        def work(_: int) -> None:
+            with proxy.client() as client:
+                while time.monotonic() < end:
+                    held.append(seconds_of(lambda: client.ask_own() == 'default' or pytest.fail('a verdict')))
+                    time.sleep(0.01)
+
+        in_threads(20, work)
+        assert most[0] <= 5 + 5, 'five, while the server has not yet seen the end of the five before'
+        assert sum(seconds > 1 for seconds in held) <= 5 * 4
+        broken.clear()
+        wait_until(lambda: 'is up: mail was answered' in proxy.log or ask_all(proxy, 1, 1) == ['A'])
+        assert set(ask_all(proxy, 20, 5)) == {'A'}
+
+
+@pytest.mark.parametrize('names', ['A', 'AB'])
+def test_a_stopped_server_costs_mail_nothing_once_its_check_has_failed(names: str) -> None:
+    with processes(names) as running:
+        services = [f'-s{server.service}:::{SCALE:g}' for server in running]
+        with ProxyProcess(*services) as proxy, proxy.client() as client:
+            assert {client.ask_own() for _ in range(10)} == set(names)
+            running[0].hang()
+            wait_until(lambda: client.ask_own() and '[A] (' + running[0].service[2:] + ') is down' in proxy.log)
+            expected = {'default' if names == 'A' else 'B'}
+            held, end = 0, time.monotonic() + 5
+            while time.monotonic() < end:
+                started = time.monotonic()
+                assert client.ask_own() in expected
+                held += time.monotonic() - started > 0.99 * SCALE
+                time.sleep(0.02)
+            assert held == 0, held
+            running[0].wake()
+            back = time.monotonic()
+            wait_until(lambda: client.ask_own() == 'A')
+            assert time.monotonic() - back < 2 * SCALE
+
+
+def test_a_server_that_hangs_under_load_holds_few_requests_and_none_for_longer_than_its_timeout() -> None:
+    with processes('AB') as (a, b), ProxyProcess('-s', a.service + ':::2', '-s', b.service + ':::2') as proxy:
+        with SmtpdLoad(proxy.port, 120, 0.3, second_try=False) as load:
+            a.hang()
+            stopped = time.monotonic()
+            proxy.logged('[A] (' + a.service[2:] + ') is down', 40)
+            time.sleep(1)
+            a.wake()
+            proxy.logged('[A] (' + a.service[2:] + ') is up', 40)
+        assert load.held(stopped)[-1] < 2 + 10 * SCALE
+        held = sum(seconds > 1.9 for seconds in load.held(stopped))
+        assert held < 40, f'{held} of 120 clients, which sent 800 requests meanwhile'
+
+
+def test_a_paused_proxy_passes_on_the_answers_that_came_meanwhile() -> None:
+    with stubs(slow(0.5)) as (a,), ProxyProcess('-s', a.service + ':::2') as proxy:
+        clients = [proxy.client() for _ in range(100)]
+        assert in_threads(100, lambda i: clients[i].ask_own()) == ['A'] * 100
+        instances = [new_instance() for _ in clients]
+        asked = len(a.requests)
+        for client, instance in zip(clients, instances, strict=True):
+            client.send(request(instance=instance))
+        wait_until(lambda: len(a.requests) == asked + 100)
+        proxy.hang()
+        time.sleep(3)
+        proxy.wake()
+        for client, instance in zip(clients, instances, strict=True):
+            assert client.read_answer() == f'action=DUNNO {instance} A\n\n'.encode()
+        time.sleep(1)
+        assert 'is down' not in proxy.log and 'is on trial' not in proxy.log
+
+
+def test_a_stall_is_seen_before_the_timeout() -> None:
+    with processes('AB') as (a, b):
+        with ProxyProcess('-s', a.service, '-s', b.service, '--stall=0.5') as proxy, proxy.client() as first:
+            while first.ask_own() != 'A':
+                pass
+            a.hang()
+            held = [proxy.client() for _ in range(2)]
+            for client in held:
+                client.send(request(instance=new_instance()))
+            time.sleep(1)
+            with proxy.client() as client:
+                assert [client.ask_own() for _ in range(50)] == ['B'] * 50
+            proxy.logged('is stalled')
+            a.wake()
+            for client in held:
+                assert client.read_answer().startswith(b'action=DUNNO')
+            proxy.logged('no longer stalled')
+            with proxy.client() as client:
+                assert {client.ask_own() for _ in range(20)} == {'A', 'B'}
+            assert 'is down' not in proxy.log
+
+
+def test_a_stalled_server_gets_nothing_while_another_is_busy() -> None:
+    with processes('AB', '--delay=0.2') as (a, b):
+        with ProxyProcess('-s', a.service + ':::90', '-s', b.service + ':::90', '--stall=2') as proxy:
+            assert set(ask_all(proxy, 12, 4)) == {'A', 'B'}
+            a.hang()
+            early = [proxy.client() for _ in range(6)]
+            for client in early:
+                client.send(request(instance=new_instance()))
+            proxy.logged('is stalled')
+            answered: list[str] = []
+            assert seconds_of(lambda: answered.extend(ask_all(proxy, 40, 4))) < 10 * SCALE, 'its timeout is 45 s'
+            assert set(answered) == {'B'}
+
+
+def test_i2_a_late_answer_reaches_nobody() -> None:
+    late = threading.Event()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if not is_check(message) and not late.is_set():
+            late.set()
+            time.sleep(0.8 * SCALE)
+        echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', f'{a.service}:::{0.4 * SCALE:g}') as proxy, proxy.client() as client:
+        assert client.ask_own() == 'default'
+        for _ in range(20):
+            assert client.ask_own() == 'A'
+            time.sleep(0.05)
+
+
+def test_each_query_has_the_whole_timeout() -> None:
+    # a timer that goes on with what the last query left of it would end the third of these
+    with stubs(slow(0.4 * SCALE)) as (a,), ProxyProcess('-s', f'{a.service}:::{SCALE:g}') as proxy:
+        with proxy.client() as client:
+            assert [client.ask_own() for _ in range(4)] == ['A'] * 4
+
+
+def test_the_deadline_is_over_all_services_and_the_default_comes_before_it_passes() -> None:
+    with stubs(*[checked(hang)] * 3) as servers:
+        services = [f'-s{server.service}:::1' for server in servers]
+        with ProxyProcess(*services, '--deadline=1.5') as proxy, proxy.client() as client:
+            started = time.monotonic()
+            assert client.ask(request()) == 'dunno'
+            assert 1.4 < time.monotonic() - started < 1.5 + 10 * SCALE
+            proxy.logged('given: default, deadline')
+
+
+def test_waiting_for_a_place_ends_at_the_deadline() -> None:
+    with stubs(hang) as (a,), ProxyProcess('-s', a.service + ':::60:1', '--deadline=1') as proxy:
+        started = time.monotonic()
+        assert ask_all(proxy, 5, 1) == ['default'] * 5
+        assert time.monotonic() - started < 1 + 10 * SCALE
+
+
+def test_time_spent_waiting_for_a_place_is_taken_from_the_deadline() -> None:
+    with stubs(slow(0.9)) as (a,), ProxyProcess('-s', a.service + ':::5:1', '--deadline=1.5') as proxy:
+        assert ask_all(proxy, 3, 1).count('default') >= 2, 'the second waits 0.9 s and needs as long'
