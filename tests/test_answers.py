@@ -12,7 +12,7 @@ import time
 import gevent
 import pytest
 
-from hapolicy_gevent import Connection, Ended, Log, Queue, StreamSink, parse_service
+from hapolicy_gevent import Connection, Ended, Log, Pool, Queue, StreamSink, parse_service
 from tests.servers import checked, twice
 from tests.support import (
     SCALE,
@@ -194,10 +194,15 @@ def test_i10_a_server_that_always_sends_an_empty_line_too_many_is_used_as_any(la
         assert a.accepted < 5
 
 
+def pool_of(service: str) -> Pool:
+    """Return the pool of a service, without a proxy that keeps it."""
+    (pool,) = Queue([parse_service(service)], Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))).pools.values()
+    return pool
+
+
 def test_i2_a_connection_that_speaks_after_the_pool_has_looked_is_not_asked() -> None:
     with stubs(echo) as (a,):
-        log = Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))
-        (pool,) = Queue([parse_service(a.service)], log).pools.values()
+        pool = pool_of(a.service)
         connection = Connection(pool, time.monotonic())
         assert connection.ask(request(instance='one'), time.monotonic()) == b'DUNNO one A'
         pool.busy[connection] = None

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
+import os
 import random
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import gevent
 import pytest
 
+import hapolicy_gevent
+from hapolicy_gevent import Connection, Log, Proxy, Queue, StreamSink, parse_service
 from tests.servers import ClosesIdle, End, OneInTen, checked, closes_after
 from tests.support import (
     SCALE,
@@ -183,6 +189,34 @@ def test_a_worker_that_hangs_holds_up_no_check_that_is_answered_in_its_quiet_tim
         got = in_threads(8, lambda i: ask_all(proxies[i], 1, 1))
         assert 'default' not in [server for each in got for server in each]
         assert time.monotonic() - began < 8 * SCALE, 'its timeout is 20 s'
+
+
+def test_a_check_that_a_fault_of_ours_ends_takes_no_service_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
+    path = tmp_path / 'log'
+    log = Log(StreamSink(os.open(path, os.O_WRONLY | os.O_CREAT)))
+    (pool,) = Proxy([parse_service('A=127.0.0.1:1')], b'dunno', b'dunno', 90, log).pools.values()
+    told = ' cannot be checked: Too many open files\n'
+    wait_until(lambda: gevent.sleep(0.01) or told in path.read_text())  # type: ignore[func-returns-value]
+    assert pool.service.state == 'up'
+
+
+def test_connections_that_have_ended_a_moment_ago_are_not_counted_as_open() -> None:
+    with stubs(echo) as (a,):
+        log = Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))
+        (pool,) = Queue([parse_service(a.service)], log).pools.values()
+        connection = Connection(pool, time.monotonic())
+        assert connection.ask(request(instance='one'), time.monotonic()) == b'DUNNO one A'
+        pool.idle.append(connection)
+        assert pool.look() == 1
+        a.stop()
+        time.sleep(0.1)  # and the loop has not run
+        assert pool.look() == 0 and not pool.idle
 
 
 class OneHangs(PolicyServerStub):

@@ -161,6 +161,13 @@ def test_what_systemd_hands_over_is_checked(tmp_path: Path) -> None:
         assert status == 2 and said.count(b'\n') == 1 and where.encode() in said and b'itself' in said
 
 
+def test_a_descriptor_that_is_closed_at_the_start_becomes_neither_a_listener_nor_a_client() -> None:
+    closed = ('sh', '-c', 'exec "$0" "$@" <&- 2>&-')
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service, before=closed) as proxy, proxy.client() as client:
+        assert client.ask_own() == 'A'
+        assert {os.readlink(f'/proc/{proxy.process.pid}/fd/{fd}') for fd in (0, 2)} == {'/dev/null'}
+
+
 def test_too_few_descriptors_for_the_listeners_are_one_line() -> None:
     listens = [f'--listen=127.0.0.1:{free_port()}' for _ in range(16)]
     done = run('-s', 'a=h:1', *listens, program=('prlimit', '--nofile=16', sys.executable, MODULE))

@@ -1,4 +1,4 @@
-"""The end: draining, replacement by another process, socket activation, upgrades."""
+"""The end: draining, replacement by another process, socket activation."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.support import (
     SCALE,
     ProxyProcess,
     SmtpdLoad,
+    echo,
     hang,
     in_threads,
     processes,
@@ -134,6 +135,21 @@ def test_sigterm_answers_what_is_in_flight_and_ends_with_status_0() -> None:
         assert proxy.process.wait(30 * SCALE) == 0
         with pytest.raises(ConnectionRefusedError):
             proxy.client()
+
+
+def test_a_client_that_waits_in_the_backlog_is_answered_before_the_end() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy:
+        with proxy.client() as client:
+            assert client.ask_own() == 'A'
+        proxy.hang()
+        waiting = [proxy.client() for _ in range(300)]  # more than are accepted at a time
+        for i, client in enumerate(waiting):
+            client.send(request(instance=f'i{i}'))
+        proxy.send(signal.SIGTERM)
+        proxy.wake()
+        for i, client in enumerate(waiting):
+            assert client.read_answer() == b'action=DUNNO i%d A\n\n' % i
+        assert proxy.process.wait(30 * SCALE) == 0
 
 
 def test_after_the_grace_it_ends_with_status_1() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import threading
 import time
 from collections import Counter
 
+import gevent
+import gevent.socket
 import pytest
 
+from hapolicy_gevent import RESET, Client, ClientFault, Connection, Log, Queue, StreamSink, parse_service
 from tests.servers import End, FewAtATime, Prefork, closes_after
 from tests.support import (
     SCALE,
@@ -206,3 +210,20 @@ def test_a_waiter_that_leaves_does_not_take_a_place_with_it() -> None:
                 reset(client.sock)
             for client in clients[::2]:
                 assert client.read_answer().startswith(b'action=DUNNO')
+
+
+def test_a_client_that_leaves_in_the_moment_when_a_place_is_free_gives_it_back() -> None:
+    queue = Queue([parse_service('A=127.0.0.1:1')], Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+    (pool,) = queue.pools.values()
+    pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
+    near, far = gevent.socket.socketpair()
+    now = time.monotonic()
+    with near, far:
+        waits = gevent.spawn(queue.wait, Client(near), pool, [], now + 60, now)
+        gevent.sleep(0.01)
+        pool.idle.append(Connection(pool, now))
+        waits.kill(ClientFault(RESET), block=False)
+        queue.hand_over(pool, now)
+        assert len(pool.busy) == 1
+        gevent.sleep(0.01)
+        assert not pool.busy and not pool.waiting

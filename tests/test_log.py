@@ -13,9 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
 
-from hapolicy_gevent import Service, Statistics, SyslogSink, parse_service, printable, report_error, request_line
+from hapolicy_gevent import (
+    Log,
+    Service,
+    Statistics,
+    StreamSink,
+    SyslogSink,
+    parse_service,
+    printable,
+    report_error,
+    request_line,
+)
 from tests.servers import checked
 from tests.support import (
     MODULE,
@@ -321,3 +332,17 @@ def test_i6_a_hung_or_missing_reader_of_the_log_delays_nobody() -> None:
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
+
+
+def test_lines_that_are_lost_are_counted_and_reported_when_lines_can_be_written_again(tmp_path: Path) -> None:
+    fd = os.open('/dev/full', os.O_WRONLY)
+    log = Log(StreamSink(fd))
+    for text in ('one', 'two'):
+        log(6, text)
+    wait_until(lambda: gevent.sleep(0.01) or log.lost == 2)  # type: ignore[func-returns-value]
+    with (tmp_path / 'log').open('wb') as file:
+        os.dup2(file.fileno(), fd)
+    log(6, 'three')
+    wait_until(lambda: gevent.sleep(0.01) or 'lost' in (tmp_path / 'log').read_text())  # type: ignore[func-returns-value]
+    assert (tmp_path / 'log').read_text() == '[LOG info]: three\n[LOG warning]: 2 log lines were lost\n'
+    os.close(fd)
