@@ -17,7 +17,8 @@ if os.environ.get('CI') == 'true':
 
 #: The files that `tests/run --fast` runs, without tests that are marked slow or need Debian's servers; a file is slow
 #: until it is named here.
-FAST = {'balancing', 'cli', 'health', 'log', 'manual', 'model', 'protocol', 'services', 'spawn'}
+FAST = {'balancing', 'check_services', 'cli', 'drain', 'health', 'log', 'manual', 'model', 'protocol', 'requests',
+        'services', 'spawn', 'sticky'}  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -34,6 +34,7 @@ from tests.support import (
 )
 
 
+@pytest.mark.slow
 def test_a_drain_opens_no_connection_for_each_client() -> None:
     with stubs(slow(0.02)) as (a,), ProxyProcess('-s', a.service + '::::5') as proxy:
 
@@ -51,6 +52,7 @@ def test_a_drain_opens_no_connection_for_each_client() -> None:
         assert a.accepted - before < 15, 'each last answer took its connection along'
 
 
+@pytest.mark.slow
 def test_a_new_proxy_takes_over_the_port_under_load() -> None:
     with processes('AB') as running:
         arguments = [f'-s{server.service}' for server in running] + ['--reuse-port']
@@ -66,6 +68,7 @@ def test_a_new_proxy_takes_over_the_port_under_load() -> None:
             assert old.terminate() == 0
 
 
+@pytest.mark.slow
 def test_socket_activation_and_readiness(tmp_path: Path) -> None:
     told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     told.bind(str(tmp_path / 'notify'))

@@ -33,6 +33,7 @@ def test_the_bytes_of_a_request_reach_the_server_as_they_came() -> None:
         assert a.requests == [odd]
 
 
+@pytest.mark.slow
 def test_pipelined_requests_are_answered_in_order() -> None:
     with stubs(slow(0.02), slow(0)) as (a, b):
         with ProxyProcess('-s', a.service, '-s', b.service) as proxy, proxy.client() as client:
@@ -51,6 +52,7 @@ def test_a_half_closed_client_gets_its_answers() -> None:
         assert client.at_end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('leave', [PostfixClient.close, lambda client: reset(client.sock)])
 def test_a_client_that_vanishes_leaves_no_connection_behind_that_is_used_again(leave: object) -> None:
     asked: list[Peer] = []
@@ -74,6 +76,7 @@ def test_a_client_that_vanishes_leaves_no_connection_behind_that_is_used_again(l
         assert asked[2] is not asked[1]
 
 
+@pytest.mark.slow
 def test_a_request_of_another_type_gets_the_default_and_nothing_leaks_into_the_next() -> None:
     with stubs(echo) as (a,), ProxyProcess('-s', a.service, '-d', '450 later') as proxy, proxy.client() as client:
         assert client.ask(b'request=junk\nsender=leak@example.org\n\n') == '450 later'
@@ -117,6 +120,7 @@ def test_a_request_without_end_is_cut_off_and_memory_stays_bounded() -> None:
             assert client.ask_own() == 'A'
 
 
+@pytest.mark.slow
 def test_a_slow_loris_is_cut_off_at_the_deadline_and_an_idle_client_is_not() -> None:
     with stubs(echo) as (a,), ProxyProcess('-s', a.service, '--deadline=1') as proxy:
         with proxy.client() as idle, proxy.client() as loris:
@@ -140,6 +144,7 @@ def test_a_request_as_long_as_may_be_is_passed_on() -> None:
         assert a.requests == [message]
 
 
+@pytest.mark.slow
 def test_nothing_is_written_to_a_client_that_has_not_asked() -> None:
     with stubs(echo) as (a,), ProxyProcess('-s', a.service, '--deadline=1') as proxy, proxy.client() as client:
         client.sock.settimeout(2)

@@ -336,11 +336,13 @@ def worst(mails: Iterable[traffic.Mail], weights: dict[str, int]) -> float:
     return max(abs(counted[name] / part - 1) for name, part in parts.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weights', WEIGHT_SETS, ids=str)
 def test_different_mails_are_shared_by_weight(weights: dict[str, int]) -> None:
     assert worst(traffic.different(100_000), weights) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weights', WEIGHT_SETS, ids=str)
 def test_mail_of_which_few_senders_send_most_is_shared_nearly_by_weight(weights: dict[str, int]) -> None:
     assert worst(traffic.few_senders(100_000), weights) < 0.1
@@ -481,6 +483,7 @@ def placed(proxy: ProxyProcess, mails: Iterable[int] = range(60)) -> dict[int, s
         return {mail: who(client, mail) for mail in mails}
 
 
+@pytest.mark.slow
 def test_proxies_send_the_same_mail_to_the_same_service_and_only_that_of_a_dead_one_to_others() -> None:
     with stubs(echo, echo, echo) as (a, b, c), contextlib.ExitStack() as stack:
         one = stack.enter_context(ProxyProcess('-s', a.service, '-s', b.service, '-s', c.service, STICKY))
@@ -511,6 +514,7 @@ def test_recipients_of_one_message_stay_together_if_they_do_not_count(attributes
     assert len(set(answers)) == services
 
 
+@pytest.mark.slow
 def test_a_message_that_goes_to_another_service_leaves_its_connection_to_others() -> None:
     """Each holds the connection that answered it last, and not one at each service."""
     with stubs(echo, echo) as (a, b), ProxyProcess('-s', a.service, '-s', b.service, STICKY) as proxy:
@@ -531,6 +535,7 @@ def test_a_message_that_goes_to_another_service_leaves_its_connection_to_others(
     assert most < 30
 
 
+@pytest.mark.slow
 def test_mail_at_a_cold_start_meets_its_service_however_long_a_check_takes() -> None:
     """And at each growth of a pool: a request that waits is not for who comes free first."""
     with stubs(checked(slow(0.2), slow(0.5)), echo) as (a, b):
@@ -547,6 +552,7 @@ def test_mail_at_a_cold_start_meets_its_service_however_long_a_check_takes() -> 
     assert set(expected.values()) == {'A', 'B'}
 
 
+@pytest.mark.slow
 def test_a_service_that_hangs_holds_its_mail_for_a_second_and_no_other() -> None:
     with processes('AB') as (a, b), ProxyProcess('-s', f'{a.service}:::3', '-s', b.service, STICKY) as proxy:
         before = placed(proxy)
