@@ -75,7 +75,6 @@ from bench.processes import ROOT
 #: What --short lets pass: CPU and throughput as parts of HAProxy's, by the best round of each, as other work on
 #: the machine only ever adds to them. Now 2.6 to 3.4 on a busy machine, and 0.5 to 0.7: twice as much is too much.
 SHORT_ROUNDS = 4
-
 WIDE_CPU, WIDE_THROUGHPUT = 6.0, 0.15
 #: What the measures of a round are told as.
 PARTS = {busy: f'{CLIENTS} clients', visits: f'{SMTPD_REQUESTS} requests a connection', alone: 'one client'}
@@ -99,7 +98,6 @@ class Bar:
     def meets(self, bound: float) -> bool:
         """Tell whether it is within a bound."""
         return self.measured <= bound if self.most else self.measured >= bound
-
 
 
 @dataclass
@@ -174,14 +172,12 @@ class Comparison:
         return [bar for bar in bars if bar.values]
 
 
-
 def commit() -> str:
     """Return what is measured: the commit, and whether files differ from it; '' without git."""
     with contextlib.suppress(OSError):
         git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty']
         return subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return ''
-
 
 
 def compare(peers: Sequence[Peer], rounds: int, short: bool, failures: bool) -> Comparison:
@@ -245,7 +241,6 @@ def spread(values: Sequence[float], unit: float, digits: int = 0) -> str:
     return middle if len(values) == 1 else f'{middle} ({least}-{most})'
 
 
-
 def table(comparison: Comparison) -> str:
     """Return what was measured of each peer as text: us, requests/s, ms, kB."""
     rows = [['', 'CPU/request us', 'user', 'system', f'{SMTPD_REQUESTS} a connection', 'requests/s', 'p50 ms', 'p99 ms',
@@ -261,7 +256,6 @@ def table(comparison: Comparison) -> str:
     return aligned(rows)
 
 
-
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as a markdown table that is a table to the eye, too; columns without any value are left out."""
     columns = [column for column in zip(*rows, strict=True) if any(cell != '-' for cell in column[1:])]
@@ -270,7 +264,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
              for row in zip(*columns, strict=True)]  # fmt: skip
     lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')
     return '\n'.join(lines)
-
 
 
 def bars_table(bars: Sequence[Bar]) -> str:
@@ -282,7 +275,6 @@ def bars_table(bars: Sequence[Bar]) -> str:
         rows.append([bar.name, spread(bar.values, 1, digits), f'{sign} {bar.must:.{digits}f}',
                      f'{bar.aim:.{digits}f}', verdict])  # fmt: skip
     return aligned(rows)
-
 
 
 def report(comparison: Comparison) -> str:
@@ -303,7 +295,6 @@ def report(comparison: Comparison) -> str:
     return '\n\n'.join(parts)
 
 
-
 def within_wide_bounds(comparison: Comparison) -> bool:
     """Say whether ours is not far slower than it should be; True without HAProxy."""
     if HAPROXY not in comparison.figures:
@@ -315,7 +306,6 @@ def within_wide_bounds(comparison: Comparison) -> bool:
     print(f'{"ok" if fine else "FAILED"}: CPU {cpu:.2f} times HAProxy\'s (at most {WIDE_CPU}),'
           f' throughput {throughput:.2f} (at least {WIDE_THROUGHPUT})')  # fmt: skip
     return fine
-
 
 
 def main() -> int:

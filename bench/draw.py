@@ -42,14 +42,12 @@ def pyplot() -> Any:
     return importlib.import_module('matplotlib.pyplot')
 
 
-
 def save(figure: Any, note: str, path: Path) -> None:
     """Write a picture with a line that says what was measured."""
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
     figure.text(0.99, 0.005, note, ha='right', va='bottom', fontsize=7, color=GREY)
     figure.savefig(path, dpi=90)
     print(f'drawn: {path}')
-
 
 
 def draw_peers(figures: dict[str, Any]) -> Any:
@@ -59,7 +57,6 @@ def draw_peers(figures: dict[str, Any]) -> Any:
     draw_cpu(left, {name: peer for name, peer in peers.items() if name != DIRECT})
     draw_latency(right, peers)
     return figure
-
 
 
 def draw_cpu(axes: Any, peers: dict[str, Any]) -> None:
@@ -79,7 +76,6 @@ def draw_cpu(axes: Any, peers: dict[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
-
 def draw_latency(axes: Any, peers: dict[str, Any]) -> None:
     """Draw the median and the 99th percentile of each peer."""
     for kind, colour, marker in (('p50', BLUE, 'o'), ('p99', ORANGE, 's')):
@@ -97,7 +93,6 @@ def draw_latency(axes: Any, peers: dict[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
-
 def draw_failures(figures: dict[str, Any]) -> Any:
     """Draw the latency of each request over time, a panel for each timeline."""
     lines = figures['timelines']
@@ -110,7 +105,6 @@ def draw_failures(figures: dict[str, Any]) -> Any:
     )
     panels[0, 0].set_xlim(0, END + 0.2)
     return figure
-
 
 
 def draw_timeline(axes: Any, name: str, trace: Sequence[tuple[float, float, str]]) -> None:
@@ -131,7 +125,6 @@ def draw_timeline(axes: Any, name: str, trace: Sequence[tuple[float, float, str]
                    f' worst {max(latency for _, latency in good):.0f} ms', loc='left', fontsize=10)  # fmt: skip
     for when, text in ((KILLED, 'one killed'), (HUNG, 'the other hangs')):
         axes.text(when + 0.05, 0.95, text, transform=axes.get_xaxis_transform(), va='top', fontsize=8)
-
 
 
 def draw_growth(figures: dict[str, Any]) -> Any:

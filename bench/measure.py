@@ -80,10 +80,8 @@ class Figures:
         return [user + system for user, system in zip(self.user, self.system, strict=True)]
 
 
-
 class Broken(Exception):
     """A load got wrong answers: its figures say nothing."""
-
 
 
 def check(peer: str, result: Result) -> Result:
@@ -94,7 +92,6 @@ def check(peer: str, result: Result) -> Result:
     return result
 
 
-
 @dataclass
 class Window:
     """What was seen of a load while it was warm."""
@@ -102,7 +99,6 @@ class Window:
     cpu: Cpu  # of one request
     throughput: float  # requests/s
     result: Result  # of the whole load, its start included
-
 
 
 def watch(running: Running, plan: Plan, warm: int, name: str = '') -> Window:
@@ -118,7 +114,6 @@ def watch(running: Running, plan: Plan, warm: int, name: str = '') -> Window:
     return Window(after.per(requests, before), requests / (plan.seconds - warm), result)
 
 
-
 def busy(peer: Peer, running: Running, figures: Figures) -> None:
     """Measure 32 clients that ask as fast as they are answered."""
     plan = Plan(running.where, CLIENTS, seconds=peer.warm + WINDOW, request_limit=peer.request_limit)
@@ -130,13 +125,11 @@ def busy(peer: Peer, running: Running, figures: Figures) -> None:
     figures.p99.append(window.result.latency.quantile(0.99))
 
 
-
 def visits(peer: Peer, running: Running, figures: Figures) -> None:
     """Measure 32 clients as smtpd are: each leaves after some requests, and comes anew; so a spawn(8) starts anew."""
     if running.pid and not peer.request_limit:
         plan = Plan(running.where, CLIENTS, seconds=peer.warm + WINDOW, request_limit=SMTPD_REQUESTS)
         figures.visits.append(watch(running, plan, peer.warm, peer.name).cpu.sum)
-
 
 
 def alone(peer: Peer, running: Running, figures: Figures) -> None:
@@ -145,7 +138,6 @@ def alone(peer: Peer, running: Running, figures: Figures) -> None:
     with Processes() as processes:
         result = check(peer.name, start_load(plan, processes).result())
     figures.alone.append(result.latency.quantile(0.5))
-
 
 
 def crowd(peer: Peer, running: Running, figures: Figures) -> None:
@@ -161,19 +153,16 @@ def crowd(peer: Peer, running: Running, figures: Figures) -> None:
     figures.memory.append((used[1] - used[0]) / (peer.crowd - 1))
 
 
-
 def cost(peer: Peer, running: Running, clients: int, rate: float = STEADY_RATE) -> Cpu:
     """Return what a request costs at a steady rate, asked by so many clients in turn."""
     plan = Plan(running.where, clients, seconds=CROWD_WARM + WINDOW, rate=rate)
     return watch(running, plan, CROWD_WARM, f'{peer.name}, {clients} clients').cpu
 
 
-
 def few_and_many(peer: Peer, running: Running, figures: Figures) -> None:
     """Measure the cost at 32 clients and at many."""
     figures.few.append(cost(peer, running, CLIENTS).sum)
     figures.many.append(cost(peer, running, peer.many).sum)
-
 
 
 def first_answer(command: Sequence[str]) -> float:
@@ -207,7 +196,6 @@ def first_answer(command: Sequence[str]) -> float:
     return took
 
 
-
 def start_commands(stage: Stage) -> dict[str, list[str]]:
     """Return the programs that spawn(8) may start: ours as pip installs it and as a copied file, and the ancestor."""
     services = [f'-s{service.service}' for service in stage.services]
@@ -229,7 +217,6 @@ def start_commands(stage: Stage) -> dict[str, list[str]]:
     return commands
 
 
-
 @contextlib.contextmanager
 def stage_of(services: int = 2, *options: str) -> Iterator[Stage]:
     """Start policy servers, and give peers a place to be started at."""
@@ -241,18 +228,15 @@ def stage_of(services: int = 2, *options: str) -> Iterator[Stage]:
             processes.stop()  # before their directory goes
 
 
-
 def say(text: str) -> None:
     """Tell how far it is, at once."""
     print(text, file=sys.stderr, flush=True)
-
 
 
 def allow_many_files() -> None:
     """Raise the limit of descriptors as far as may be: 3,000 clients cost HAProxy 6,000."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
 
 
 #: What the requests of a load met: seconds since its start, seconds of latency, '' or the kind of error.

@@ -165,7 +165,6 @@ def test_the_recipients_of_a_message_meet_the_connection_that_knows_it() -> None
     assert len(seen) == 100 and split < 5, f'{split} of 100 messages met several connections'
 
 
-
 def test_a_message_spread_over_client_connections_goes_to_one_service() -> None:
     with stubs(echo, echo) as (a, b), ProxyProcess('-s', a.service, '-s', b.service) as proxy:
         with proxy.client() as one, proxy.client() as two:

@@ -115,7 +115,8 @@ def test_a_server_host_that_swallows_packets_costs_its_timeouts_and_no_more() ->
     name = f'hapolicy{os.getpid()}'
     inside = ('ip', 'netns', 'exec', name)
     run: Callable[[str], object] = lambda line: subprocess.run(line.split(), check=True)  # noqa: E731
-    with contextlib.ExitStack() as after, processes('B') as (b,):
+    with contextlib.ExitStack() as after:
+        (b,) = after.enter_context(processes('B'))
         after.callback(lambda: subprocess.run(['ip', 'netns', 'del', name], check=False))
         run(f'ip netns add {name}')
         run(f'ip link add {name[:12]}v type veth peer name e0 netns {name}')
