@@ -1359,7 +1359,7 @@ class Checker:
         """Tell whether it is too early for a check: one failed, and the service is down, or serves what is open."""
         seconds = BACKOFF_FIRST if self.pool.open else 0.0
         if self.pool.service.state is DOWN:
-            alone = BACKOFF_FIRST / 5 if now - self.pool.service.since < 2 * BACKOFF_FIRST else BACKOFF_FIRST
+            alone = BACKOFF_FIRST / 10 if now - self.pool.service.since < 2 * BACKOFF_FIRST else BACKOFF_FIRST
             seconds = self.backoff * JITTER if self.pool.queue.balancer.up else alone  # a restart takes no longer
         return now < self._failed_at + seconds
 
@@ -1416,7 +1416,7 @@ class Checker:
     def hurry(self, now: float) -> None:
         """Check a service that is down now, unless a check failed a moment ago: some mail has no other service."""
         down = self.enabled and self.pool.service.state is DOWN
-        if down and not self.running and now > self._failed_at + BACKOFF_FIRST / 5:
+        if down and not self.running and now > self._failed_at + BACKOFF_FIRST / 10:
             self._failed_at, self._hurried_at = -math.inf, now
             self.grow(now)
 
