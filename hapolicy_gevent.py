@@ -1414,7 +1414,7 @@ class Checker:
                 kept.close()
 
     def hurry(self, now: float) -> None:
-        """Check a service that is down now, unless a check failed a moment ago: some mail has no other service."""
+        """Check a service that is down, whatever its backoff, unless a check failed just now: mail has no other one."""
         down = self.enabled and self.pool.service.state is DOWN
         if down and not self.running and now > self._failed_at + BACKOFF_FIRST / 10:
             self._failed_at, self._hurried_at = -math.inf, now
@@ -1581,7 +1581,8 @@ class Pool:
     def admits(self, waited: float, now: float) -> bool:
         """Tell whether a request may wait for it which has waited for so many seconds.
 
-        For one that is on trial where a place is free, or while its answer can be expected: it was well until now.
+        For one that is down while it is checked in a hurry. For one that is on trial where a place is free, or while
+        its answer can be expected: it was well until now.
         """
         if self.service.state is UP or self.checker.hurries(now):
             return True
@@ -2062,8 +2063,7 @@ class Proxy:
         """Return what is to carry a request to the same service, in place of a connection that ended.
 
         A new one, on its place: the first answer on that is its own. If others are idle, or the service is full, the
-        next that comes free.
-        Raises ServiceFailure.
+        next that comes free. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
         if connection.used and not pool.checker.full and (connection.used == 1 or not pool.idle):
