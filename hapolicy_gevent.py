@@ -157,7 +157,7 @@ LINGER = 1.0
 TOO_SHORT, MIN_DEADLINE = 0.005, 0.1
 #: Seconds a request waits for the service it was balanced to, before any other may have it; the same of a sticky one,
 #: which another greylist would put off; and before one may that gives no answers, mostly the doing of a slow message.
-PATIENCE, STICKY_PATIENCE, STALLED_AFTER = 0.1, 1.0, 1.0
+PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
 #: Bytes of an attribute that are compared to find a mail's services, and values whose compared part is remembered.
 MAX_VALUE, MAX_VALUES = 320, 4096
 
@@ -310,7 +310,7 @@ def parse_answer(data: bytes, closed: bool = False, start: int = 0) -> tuple[byt
 # Services and balancing: no I/O, `now` (monotonic seconds) is an argument
 # ---------------------------------------------------------------------------
 
-#: Why a query failed. The first two take a service down at once; the last three are not the service's fault.
+#: Why a query failed: the service's fault; and what is not.
 REFUSED, UNREACHABLE, LATE, INVALID, DROPPED = JUDGED = ('refused', 'unreachable', 'timeout', 'invalid', 'dropped')
 DEADLINE, DESCRIPTORS, INTERNAL = 'deadline', 'descriptors', 'internal'
 FAILURES = (*JUDGED, DEADLINE, DESCRIPTORS, INTERNAL)
@@ -648,7 +648,7 @@ class Balancer:
         if key:
             pools = sorted(Sticky.order(key, self._nodes), key=lambda pool: pool.service.prio)
         there = [pool for pool in pools if pool not in tried and pool.admits(waited, now)]
-        answering = there if waited >= STALLED_AFTER else [pool for pool in there if not pool.stalled(now)] or there
+        answering = there if waited >= STALLED_PATIENCE else [pool for pool in there if not pool.stalled(now)] or there
         if waited >= (STICKY_PATIENCE if key else PATIENCE) or not answering:
             return answering
         if first is not None and first in answering:
@@ -1349,13 +1349,13 @@ class Checker:
 
     def growing(self, now: float, patience: float = PATIENCE) -> bool:
         """Tell whether a request that waits for so many seconds may expect a new connection."""
-        if not self.enabled or self._pauses(now):
+        if not self.enabled or self._too_early(now):
             return False
         if self.running and (self.full or now - next(iter(self.running)).since > patience):
             return False
         return self.pool.room > 0 or bool(self.running)
 
-    def _pauses(self, now: float) -> bool:
+    def _too_early(self, now: float) -> bool:
         """Tell whether it is too early for a check: one failed, and the service is down, or serves what is open."""
         seconds = BACKOFF_FIRST if self.pool.open else 0.0
         if self.pool.service.state is DOWN:
@@ -1377,7 +1377,7 @@ class Checker:
         One more where they have been waiting for long, and requests wait, or no service is up.
         """
         pool, running = self.pool, len(self.running)
-        if self._pauses(now):
+        if self._too_early(now):
             return
         again = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
         again = again and (bool(pool.waiting) or not pool.queue.balancer.up)
@@ -1474,7 +1474,7 @@ class Checker:
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
         elif (service.heard_at > check.since) if reason is LATE else (pool.look() or self.answered):
-            self.limit(f'{reason}, {failure}')
+            self.found_full(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
         elif (reason is LATE  # else those that began with it are to tell
               or not any(0 <= check.since - other.since <= UNANSWERED for other in self.running)):  # fmt: skip
@@ -1499,7 +1499,7 @@ class Checker:
         elif busy:  # else nobody took its place
             self.at_once = max(1.0, min(busy, self.at_once) - 1)
 
-    def limit(self, why: str) -> None:
+    def found_full(self, why: str) -> None:
         """Note that no more connections are served than are now."""
         self.lower()
         if self.answered:
@@ -1517,7 +1517,7 @@ class Checker:
         slow = max(UNANSWERED, 2 * self._fastest)  # the first answer of a connection may take its time
         if (check is not None and self.pool.service.newest - check.since > slow
                 and (not self.full or len(self.running) > 2)):  # fmt: skip
-            self.limit(f'no answer for {now - check.since:.1f}s')
+            self.found_full(f'no answer for {now - check.since:.1f}s')
             self.stop(check)
         self.grow(now)
 
@@ -1783,7 +1783,7 @@ class Queue:
             while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now, client.key)):
                 self._join(waiter, pools, now)
                 if waiter.connection is None:
-                    ends = [since + seconds for seconds in (PATIENCE, TRIAL_PATIENCE, STICKY_PATIENCE, STALLED_AFTER)]
+                    ends = [since + each for each in (PATIENCE, TRIAL_PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE)]
                     waiter.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
                 if waiter.connection is not None and waiter.connection in waiter.connection.pool.busy:
                     self.balancer.bind(client.instance, waiter.connection.pool)
@@ -2076,7 +2076,7 @@ class Proxy:
         pool.give_back(connection, unused=False)
         others = [other for other in self.pools.values() if other is not pool]
         if any(other.service.state is UP and other not in tried for other in others):
-            deadline = min(deadline, now + STALLED_AFTER)  # the next service may answer
+            deadline = min(deadline, now + STALLED_PATIENCE)  # the next service may answer
         if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
             raise Ended(DROPPED, 'it ended without an answer, and no other connection came free')
         return found

@@ -24,7 +24,7 @@ from bench import traffic
 from hapolicy_gevent import (
     DOWN,
     MAX_VALUES,
-    STALLED_AFTER,
+    STALLED_PATIENCE,
     STICKY_PATIENCE,
     Connection,
     Service,
@@ -462,7 +462,7 @@ def test_a_mail_that_failed_at_its_service_waits_for_the_next_of_its_order() -> 
     for name in 'ABC':
         mails.take_all(name)
     assert (mails.chosen(0, 'A'), mails.waits_for('', 0.1, 0, 'A')) == ('B', 'B')
-    assert mails.waits_for('B', STALLED_AFTER, 0, 'A') == 'BC'
+    assert mails.waits_for('B', STALLED_PATIENCE, 0, 'A') == 'BC'
 
 
 # -- the program
