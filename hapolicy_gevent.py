@@ -139,11 +139,12 @@ UNANSWERED = 1.0
 #: Seconds without any answer after which a service is checked, and its last idle connection closed.
 UNHEARD = 30.0
 #: Seconds between checks of a service that is down: doubled by each that fails, from the first to the most. The first
-#: where none is up, or a service is full.
-BACKOFF_FIRST, BACKOFF_MAX = 1.0, 30.0
+#: where none is up, or a service is full. And the least, for the first moments of an outage.
+BACKOFF_FIRST, BACKOFF_MAX, SOON = 1.0, 30.0, 0.1
 #: From 0.8 to 1.2: proxies that saw one server die are not to check it together.
 JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
-#: Mails at once for a service on trial, where no service is up; and seconds for which others wait for their answer.
+#: Mails at once for a service on trial, where no service is up; and seconds for which others wait for their answer, or
+#: for that to a check in a hurry.
 TRIALS, TRIAL_PATIENCE = 5, 0.5
 #: Messages whose service is remembered: twice this at most, ten minutes of a very busy site.
 MAX_INSTANCES = 20000
@@ -455,8 +456,9 @@ class Service(Settings):
     def mail_failed(self, reason: str, since: float, alone: bool, crowded: bool, now: float) -> None:
         """Note that a mail failed that was sent at `since`; alone: no other service is up; crowded: mail waits for it.
 
-        A late answer says nothing if a mail that was sent meanwhile was answered, or could not be sent: strangers'
-        slow messages may hold every place. The last service that is up is never taken down by mail.
+        A late answer says nothing if a mail that was sent meanwhile was answered, or could not be sent: strangers' slow
+        messages may hold every place. The last service that is up is never taken down by mail. A mail that could not
+        connect comes here under spawn(8) alone: else a check tells the same, or that only this one could not.
         """
         late = reason is LATE
         if self.state is DOWN or reason not in JUDGED or (late and (self.answered_at > since or (alone and crowded))):
@@ -647,7 +649,9 @@ class Balancer:
         pools = self.pools
         if key:
             pools = sorted(Sticky.order(key, self._nodes), key=lambda pool: pool.service.prio)
-        there = [pool for pool in pools if pool not in tried and pool.admits(waited, now)]
+        left = [pool for pool in pools if pool not in tried]
+        there = [pool for pool in left if pool.admits(waited, now)]
+        there = there or [pool for pool in left if pool.checker.hurries(now)]
         answering = there if waited >= STALLED_PATIENCE else [pool for pool in there if not pool.stalled(now)] or there
         if waited >= (STICKY_PATIENCE if key else PATIENCE) or not answering:
             return answering
@@ -972,7 +976,7 @@ class Wire:
         self.paused = True
 
     def watch(self) -> None:
-        """See what is there to receive."""
+        """See again what is there to receive. Paused, neither data nor an end is seen."""
         if self.paused:
             self._watcher.start(self._readable)
             self.paused = False
@@ -1245,7 +1249,10 @@ class Connection(Wire):
             if failure.reason not in (DROPPED, INVALID):
                 raise
             self.reopen()
-            action = self.ask(CHECK, self.since, end - self.since)
+            try:
+                action = self.ask(CHECK, self.since, end - self.since)
+            except ServiceFailure as second:  # the time of both is over
+                raise ServiceFailure(LATE if second.reason is DEADLINE else second.reason, str(second)) from None
         self.pool.service.check_answered(self.since, time.monotonic())
         said = self.spent or self.listen(QUIET)
         self.idle_since = self.silent_at = time.monotonic()
@@ -1326,8 +1333,8 @@ class Checker:
 
     A service is *full* when it serves some connections and lets a further check wait, or ends it: a prefork server
     whose children are all taken, or a limit. Then one check at a time is made, and twice as many after each that
-    passes. Of single use it is the mails that are fewer, and one more after each check, or, where a hang-up did not
-    last, after each round of answers. Full is not down.
+    passes. Where it is single use, fewer mails go at once: one more after each check that passes, and after each round
+    of answers where no check was hung up on. Full is not down.
     """
 
     def __init__(self, pool: Pool, enabled: bool) -> None:
@@ -1359,8 +1366,9 @@ class Checker:
         """Tell whether it is too early for a check: one failed, and the service is down, or serves what is open."""
         seconds = BACKOFF_FIRST if self.pool.open else 0.0
         if self.pool.service.state is DOWN:
-            alone = BACKOFF_FIRST / 10 if now - self.pool.service.since < 2 * BACKOFF_FIRST else BACKOFF_FIRST
-            seconds = self.backoff * JITTER if self.pool.queue.balancer.up else alone  # a restart takes no longer
+            restarts = now - self.pool.service.since < 2 * BACKOFF_FIRST  # it would be up again within this time
+            pace = SOON if restarts else BACKOFF_FIRST
+            seconds = self.backoff * JITTER if self.pool.queue.balancer.up else pace
         return now < self._failed_at + seconds
 
     def due(self, now: float) -> bool:
@@ -1395,7 +1403,8 @@ class Checker:
         if again:  # what those met may be workers that hang; but the eldest is answered first if the server goes on
             pool.connector.rotate()
             if running >= min(number, running + pool.room):
-                self.stop(next(iter(self.running)))
+                *others, _ = self.running
+                self.stop(*(others or self.running))  # the youngest: a slow server would be asked again for ever
         for _ in range(min(number - len(self.running), pool.room)):
             self._began = now
             check = Connection(pool, now)
@@ -1413,10 +1422,10 @@ class Checker:
             if kept not in self.pool.idle and kept not in self.pool.busy:
                 kept.close()
 
-    def hurry(self, now: float) -> None:
-        """Check a service that is down, whatever its backoff, unless a check failed just now: mail has no other one."""
+    def hurry(self, pace: float, now: float) -> None:
+        """Check a service that is down, whatever its backoff, unless a check failed less than `pace` seconds ago."""
         down = self.enabled and self.pool.service.state is DOWN
-        if down and not self.running and now > self._failed_at + BACKOFF_FIRST / 10:
+        if down and not self.running and now > self._failed_at + pace:
             self._failed_at, self._hurried_at = -math.inf, now
             self.grow(now)
 
@@ -1441,6 +1450,7 @@ class Checker:
         single = said != '' or now < pool.once_until
         if single and pool.use is not SINGLE_USE:
             self._began = now - UNHEARD + BACKOFF_FIRST  # once proves little: soon again
+            pool.use = CHECKED
             pool.use_once()
         else:
             self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
@@ -1466,20 +1476,26 @@ class Checker:
             self.reason = reason
             if reason is LATE:
                 self.backoff = BACKOFF_FIRST  # a server that was stopped answers the check that waits when it goes on
-            elif pool.queue.balancer.up:
+            elif pool.queue.balancer.up and check.since > self._hurried_at + BACKOFF_FIRST:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
             pool.queue.balancer.update()
             for waiter in pool.waiting:  # until its check failed
                 waiter.woken.set()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
-        elif (service.heard_at > check.since) if reason is LATE else (pool.look() or self.answered):
+        elif self._serves(check, reason):
             self.found_full(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
         elif (reason is LATE  # else those that began with it are to tell
               or not any(0 <= check.since - other.since <= UNANSWERED for other in self.running)):  # fmt: skip
             self.reason = reason
             service.turn(DOWN, f'its check: {reason}, {failure}', now)
+
+    def _serves(self, check: Connection, reason: str) -> bool:
+        """Tell whether the service serves others though a check failed."""
+        if reason is LATE:
+            return self.pool.service.heard_at > check.since
+        return reason is not UNREACHABLE and (self.pool.look() > 0 or self.answered > 0)
 
     @property
     def answered(self) -> int:
@@ -1571,20 +1587,19 @@ class Pool:
         return max(GIVE_UP, 10 * seconds / max(1, sum(counts)))
 
     def look(self) -> int:
-        """Close the idle connections that have ended; return how many are open."""
+        """Close the idle connections that have ended; return how many are open, and served."""
         for connection in [*self.held, *self.idle]:
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
-        ended = [connection for connection in self.busy if connection.poll is not None and connection.ended]
+        ended = [connection for connection in self.busy if connection.poll is None or connection.ended]
         return self.open - len(ended)
 
     def admits(self, waited: float, now: float) -> bool:
         """Tell whether a request may wait for it which has waited for so many seconds.
 
-        For one that is down while it is checked in a hurry. For one that is on trial where a place is free, or while
-        its answer can be expected: it was well until now.
+        For one that is on trial where a place is free, or while its answer can be expected: it was well until now.
         """
-        if self.service.state is UP or self.checker.hurries(now):
+        if self.service.state is UP:
             return True
         asked = [next(iter(each)).since for each in (self.busy, self.checker.running) if each]
         return self.places > 0 and (len(self.busy) + len(self.waiting) < self.places
@@ -1658,7 +1673,7 @@ class Pool:
                 service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
             self.checker.grow(now)
             if alone:
-                self.queue.hurry(now)
+                self.queue.hurry(BACKOFF_FIRST, now)  # a stranger may do that again and again
         self._release(connection, False, now)
 
     def give_back(self, connection: Connection, unused: bool) -> None:
@@ -1709,7 +1724,7 @@ class Pool:
 
     def use_once(self) -> None:
         """Use each connection for one mail only, until a check tells otherwise; as many at once as are served now."""
-        if self.checker.enabled and self.use is not SINGLE_USE:
+        if self.use is CHECKED:
             self.use, self.checker.at_once = SINGLE_USE, max(1.0, self.open + self.checker.answered)
             self.checker.stop()
         self._close(*self.idle, *self.held)
@@ -1729,8 +1744,7 @@ class Pool:
         for connection in there:
             if now >= connection.expires:
                 connection.spent = ENDED  # after its next answer
-            # the last one ends when the check that is made after UNHEARD has passed
-            idle_at_most = SPARE_IDLE if self.open > 1 or self.checker.full else 2 * UNHEARD
+            idle_at_most = SPARE_IDLE if self.open > 1 or self.checker.full else UNHEARD
             if connection not in self.busy and (connection.spent or now - connection.idle_since >= idle_at_most):
                 self._close(connection)
 
@@ -1822,10 +1836,10 @@ class Queue:
             waiter.leave(*waiter.pools)
             waiter.woken.set()
 
-    def hurry(self, now: float) -> None:
+    def hurry(self, pace: float, now: float) -> None:
         """Check the services that are down: the last one that is up failed, and one of them may be back."""
         for pool in self.pools.values():
-            pool.checker.hurry(now)
+            pool.checker.hurry(pace, now)
 
     def changed(self, service: Service, text: str, now: float) -> None:
         """Do what follows from a change of a service's state: a request that it concerns chooses again."""
@@ -1842,7 +1856,7 @@ class Queue:
                 waiter.pools.remove(pool)
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
-                self.hurry(now)
+                self.hurry(SOON, now)
         elif service.state is UP:
             pool.checker.backoff = BACKOFF_FIRST  # when it goes down next
             if pool.checker.reason:

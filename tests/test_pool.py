@@ -481,12 +481,56 @@ def test_a_server_whose_connections_are_slow_at_first_is_not_full() -> None:
         assert 'is full' not in proxy.log
 
 
-def test_the_last_idle_connection_ends_when_there_is_another() -> None:
+def test_a_slow_server_is_not_checked_again_and_again() -> None:
+    with stubs(slow(1.5)) as (a,), ProxyProcess('-s', a.service + '::::10') as proxy:
+        assert set(in_threads(12, lambda _: proxy.client(60).ask_own())) == {'A'}
+        assert a.checks < 20
+
+
+def test_a_single_use_service_whose_host_is_gone_is_down_though_mail_still_connects() -> None:
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
-    old, new = Connection(pool, now - 31), Connection(pool, now)
-    pool.idle.append(old)
+    pool.use = hapolicy_gevent.SINGLE_USE
+    pool.busy[Connection(pool, now)] = None
+    check = Connection(pool, now)
+    pool.checker.running[check] = gevent.Greenlet(lambda: None)
+    pool.checker.failed(check, ServiceFailure(hapolicy_gevent.UNREACHABLE, 'no route to host'), now + 3)
+    assert pool.service.state == 'down' and not pool.checker.full
+
+
+def test_a_check_in_a_hurry_makes_no_backoff_longer() -> None:
+    queue = Queue([parse_service('A=127.0.0.1:1'), parse_service('B=127.0.0.1:1')], quiet_log())
+    a, b = queue.balancer.pools
+    a.checker.spawn = b.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    now = time.monotonic()
+    a.service.turn(hapolicy_gevent.DOWN, 'it died', now)
+    for hurried, backoff in (True, 1), (False, 2):
+        now += 5
+        (queue.hurry(1, now) if hurried else a.checker.grow(now))
+        (check,) = a.checker.running
+        check.since = now
+        a.checker.failed(check, ServiceFailure(hapolicy_gevent.REFUSED, 'refused'), now)
+        assert a.checker.backoff == backoff
+
+
+def test_a_service_without_checks_stays_so_where_its_connections_end() -> None:
+    pool = pool_of('A=127.0.0.1:1')
+    pool.use = hapolicy_gevent.UNCHECKED
+    pool.use_once()
+    assert pool.use is hapolicy_gevent.UNCHECKED
+
+
+def test_a_server_that_hangs_up_late_on_its_checks_is_down() -> None:
+    def late(peer: Peer, message: bytes) -> None:
+        time.sleep(1.3)
+        raise HangUp
+
+    with stubs(late) as (a,), ProxyProcess('-s', a.service + ':::2') as proxy:
+        proxy.logged('is down: its check')
+        assert 'cannot be checked' not in proxy.log
+
+
+def test_the_last_idle_connection_ends_for_the_check_that_follows() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.idle.append(Connection(pool, now - 31))
     pool.prune(now)
-    assert pool.idle == [old] and pool.checker.due(now), 'a check is to come first'
-    pool.idle.append(new)
-    pool.prune(now)
-    assert pool.idle == [new]
+    assert not pool.idle and pool.checker.due(now), 'it may hold the only worker'
