@@ -1382,29 +1382,31 @@ class Checker:
     def grow(self, now: float, more: bool = False) -> None:
         """Start the checks that are due: as many as requests wait for, or one more; one where the service is down.
 
-        One more where they have been waiting for long, and requests wait, or no service is up.
+        One more, too, where they have been waiting for long, and requests wait, or no service is up.
         """
         pool, running = self.pool, len(self.running)
         if self._too_early(now):
             return
-        again = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
-        again = again and (bool(pool.waiting) or not pool.queue.balancer.up)
-        if pool.service.state is DOWN:
-            if not self.enabled:
+        if not self.enabled:
+            if pool.service.state is DOWN:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
-                return pool.service.turn(TRIAL, 'mail may try it', now)
-            number = 1 + again
-        elif not self.enabled:
+                pool.service.turn(TRIAL, 'mail may try it', now)
             return
+        # those that run may have met workers that hang
+        stuck = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
+        stuck = stuck and (bool(pool.waiting) or not pool.queue.balancer.up)
+        if pool.service.state is DOWN:
+            number = 1 + stuck
         else:
-            single = pool.use is SINGLE_USE and not running and bool(pool.waiting)  # more at once?
-            wanted = running + (more or self.due(now) or again or single)
-            number = min(max(len(pool.waiting) if pool.use is CHECKED else 0, wanted), int(self.at_once) + again)
-        if again:  # what those met may be workers that hang; but the eldest is answered first if the server goes on
+            asked = len(pool.waiting) if pool.use is CHECKED else 0
+            single = pool.use is SINGLE_USE and not running and bool(pool.waiting)  # are more mails served at once?
+            one_more = more or stuck or single or self.due(now)
+            number = min(max(asked, running + one_more), int(self.at_once) + stuck)
+        if stuck:
             pool.connector.rotate()
-            if running >= min(number, running + pool.room):
+            if running >= min(number, running + pool.room):  # the youngest gives way: not all, of a server that is slow
                 *others, _ = self.running
-                self.stop(*(others or self.running))  # the youngest: a slow server would be asked again for ever
+                self.stop(*(others or self.running))
         for _ in range(min(number - len(self.running), pool.room)):
             self._began = now
             check = Connection(pool, now)
@@ -2080,7 +2082,8 @@ class Proxy:
         next that comes free. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
-        if connection.used and not pool.checker.full and (connection.used == 1 or not pool.idle):
+        new = connection.used == 1 or pool.use is UNCHECKED or not pool.idle  # what is idle may end at its next request
+        if connection.used and not pool.checker.full and new:
             connection.reopen()
             return connection
         pool.busy.pop(connection, None)

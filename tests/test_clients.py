@@ -41,8 +41,7 @@ def test_thousands_of_waiting_clients_slow_nobody_down() -> None:
             for client in clients:
                 client.send(request(instance=new_instance()))
             before = len(b.requests)
-            time.sleep(3)
-            assert len(b.requests) - before > 3 / 0.01 * 5 * 0.3 / SCALE
+            wait_until(lambda: len(b.requests) - before > 500, 8, 'what five places answer in a second')
             a.wake()
             for client in clients:
                 assert client.read_answer()
