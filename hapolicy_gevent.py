@@ -1497,7 +1497,8 @@ class Checker:
         """Tell whether the service serves others though a check failed."""
         if reason is LATE:
             return self.pool.service.heard_at > check.since
-        return reason is not UNREACHABLE and (self.pool.look() > 0 or self.answered > 0)
+        refused = sum(each.poll is None for each in self.pool.busy) if reason is REFUSED else 0  # those will be, too
+        return reason is not UNREACHABLE and (self.pool.look() > refused or self.answered > 0)
 
     @property
     def answered(self) -> int:
@@ -1593,7 +1594,7 @@ class Pool:
         for connection in [*self.held, *self.idle]:
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
-        ended = [connection for connection in self.busy if connection.poll is None or connection.ended]
+        ended = [connection for connection in self.busy if connection.poll is not None and connection.ended]
         return self.open - len(ended)
 
     def admits(self, waited: float, now: float) -> bool:
