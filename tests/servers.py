@@ -68,6 +68,27 @@ class FewAtATime(PolicyServerStub):
             self._free += 1
 
 
+class RefusesBeyond(PolicyServerStub):
+    """Listens while it has fewer connections than its limit."""
+
+    def __init__(self, limit: int, behaviour: Behaviour) -> None:
+        self._limit, self._lock = limit, threading.Lock()
+        super().__init__(behaviour)
+
+    def _begin(self, peer: Peer) -> None:
+        with self._lock:
+            if self.open >= self._limit and self._listener is not None:
+                self._listener.close()
+                self._listener = None
+        super()._begin(peer)
+
+    def _serve(self, peer: Peer) -> None:
+        super()._serve(peer)
+        with self._lock:
+            if self._listener is None and self.open < self._limit:
+                self.start()
+
+
 class OneInTen(PolicyServerStub):
     """Ends one in ten new connections: at once, at its first bytes, or when it has read all of a request."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 import socket
@@ -29,7 +28,7 @@ from hapolicy_gevent import (
     StreamSink,
     parse_service,
 )
-from tests.servers import FewAtATime, closes_after, for_sender
+from tests.servers import FewAtATime, RefusesBeyond, closes_after, for_sender
 from tests.support import (
     SCALE,
     Behaviour,
@@ -38,6 +37,7 @@ from tests.support import (
     PolicyServerStub,
     ProxyProcess,
     answer,
+    ask_all,
     attributes,
     echo,
     hang,
@@ -297,7 +297,7 @@ def test_a_request_that_is_sent_again_waits_long_for_a_full_server_only_where_no
     with full as a, PolicyServerStub(name='B') as b:
         further = ['-s', b.service + ':20'] if others else []
         with ProxyProcess('-s', a.service, *further) as proxy, proxy.client(60) as held, proxy.client(60) as client:
-            in_threads(8, lambda _: proxy.client().ask_own())
+            ask_all(proxy, 8, 1)
             proxy.logged('is full')
             wait_until(lambda: a.open == 2, what='two connections')
             held.send(request(sender='slow', instance=new_instance()))
@@ -321,38 +321,17 @@ def test_a_request_is_sent_again_on_a_connection_that_is_there() -> None:
 
     delivered: list[Peer] = []
     with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
-        in_threads(3, lambda _: proxy.client().ask_own())
+        ask_all(proxy, 3, 1)
         peers = [*a.peers]
         client.ask(request(sender='hung up on', instance=new_instance()))
         first, second = delivered
         assert first is not second and second in peers
 
 
-class RefusesBeyond(PolicyServerStub):
-    """Listens while it has fewer connections than its limit."""
-
-    def __init__(self, limit: int, behaviour: Behaviour) -> None:
-        self._limit, self._lock = limit, threading.Lock()
-        super().__init__(behaviour)
-
-    def _begin(self, peer: Peer) -> None:
-        with self._lock:
-            if self.open >= self._limit and self._listener is not None:
-                self._listener.close()
-                self._listener = None
-        super()._begin(peer)
-
-    def _serve(self, peer: Peer) -> None:
-        super()._serve(peer)
-        with self._lock:
-            if self._listener is None and self.open < self._limit:
-                self.start()
-
-
 @pytest.mark.parametrize('behaviour', [slow(0.005), closes_after(1, slow(0.005))], ids=['keeps', 'single use'])
 def test_a_server_that_refuses_connections_beyond_a_few_is_full_and_not_down(behaviour: Behaviour) -> None:
     with RefusesBeyond(5, behaviour) as a, ProxyProcess('-s', a.service) as proxy:
-        got = Counter(itertools.chain(*in_threads(20, lambda _: [proxy.client().ask_own() for _ in range(30)])))
+        got = Counter(ask_all(proxy, 20, 30))
         assert got['A'] > 0.97 * 600, got
         assert 'is down' not in proxy.log
 
@@ -369,19 +348,23 @@ def test_a_single_use_service_gets_more_mails_at_once_after_a_round_of_answers_u
     assert int(pool.checker.at_once) == (2 if full else 3)
 
 
+def wait_in_line(pool: Pool) -> None:
+    waiter = hapolicy_gevent.Waiter(hapolicy_gevent.Client(socket.socketpair()[0]))
+    waiter.pools.append(pool)
+    pool.waiting.append(waiter)
+
+
 def test_a_single_use_service_at_its_max_is_checked_before_mail_takes_the_place() -> None:
     pool = pool_of('A=127.0.0.1:1::::1')
     queue, now = pool.queue, time.monotonic()
     pool.use = hapolicy_gevent.SINGLE_USE
     pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
-    pool.waiting.append(hapolicy_gevent.Waiter(hapolicy_gevent.Client(socket.socketpair()[0])))
-    pool.waiting[0].pools.append(pool)
+    wait_in_line(pool)
     pool.checker._began = now  # a check was made
     queue.hand_over(pool, now + 1)
     assert not pool.checker.running and len(pool.busy) == 1
     pool.busy.clear()
-    pool.waiting.append(hapolicy_gevent.Waiter(hapolicy_gevent.Client(socket.socketpair()[0])))
-    pool.waiting[0].pools.append(pool)
+    wait_in_line(pool)
     queue.hand_over(pool, now + 31)
     assert len(pool.checker.running) == 1 and not pool.busy
 
@@ -477,13 +460,13 @@ def test_a_server_whose_connections_are_slow_at_first_is_not_full() -> None:
 
     with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy:
         for clients in (3, 20):
-            in_threads(clients, lambda _: [proxy.client().ask_own() for _ in range(15)])
+            ask_all(proxy, clients, 15)
         assert 'is full' not in proxy.log
 
 
 def test_a_slow_server_is_not_checked_again_and_again() -> None:
     with stubs(slow(1.5)) as (a,), ProxyProcess('-s', a.service + '::::10') as proxy:
-        assert set(in_threads(12, lambda _: proxy.client(60).ask_own())) == {'A'}
+        assert set(ask_all(proxy, 12, 1)) == {'A'}
         assert a.checks < 20
 
 
