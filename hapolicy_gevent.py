@@ -83,7 +83,7 @@ import time
 import traceback
 import warnings
 import zlib
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import add, sub
@@ -146,8 +146,8 @@ JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
 #: Mails at once for a service on trial, where no service is up; and seconds for which others wait for their answer, or
 #: for that to a check in a hurry.
 TRIALS, TRIAL_PATIENCE = 5, 0.5
-#: Messages whose service is remembered: twice this at most, ten minutes of a very busy site.
-MAX_INSTANCES = 20000
+#: Messages whose service is remembered, at most, and those of one second: ten minutes of a very busy site.
+MAX_INSTANCES = 40000
 #: Bytes of an instance that is remembered; Postfix's have about 30.
 MAX_INSTANCE = 128
 
@@ -166,7 +166,7 @@ MAX_VALUE, MAX_VALUES = 320, 4096
 MAX_LOG_LINES, MAX_LOG_LINE = 10000, 8000
 
 LF, CR, SPACE = b'\n\r '  # numbers: `CR in data` takes a fourth of `b'\r' in data`, which tries a number first
-SWITCH_TO = greenlet.switch
+SWITCH_TO, THROW_INTO = greenlet.switch, greenlet.throw  # of a greenlet that is the first argument
 READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
 
 # ---------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Ended(ServiceFailure):
 
 EMPTY_LINE = re.compile(rb'\n\r?\n').search
 #: An answer as nearly all are: one line of printable ASCII, no number or blank first.
-PLAIN_ANSWER = re.compile(rb'action=([!-/:-~][ -~]*)\n\n').fullmatch
+PLAIN_ANSWER = re.compile(rb'action=[!-/:-~][ -~]*\n\n').fullmatch
 LINE_ENDS = b'\r\n'
 CONTROLS = bytes(range(SPACE + 1)) + b'\x7f'  # and the blank
 #: Control characters become '?', but for a tab.
@@ -424,6 +424,11 @@ class Service(Settings):
     #: Does what follows from a change of the state.
     changed: Callable[[Service, str, float], None] = staticmethod(lambda service, text, now: None)
 
+    def start(self, changed: Callable[[Service, str, float], None], now: float) -> None:
+        """Begin to be used: it is up until something tells otherwise."""
+        self.changed, self.since = changed, now
+        self.state, self.in_a_row = UP, 0  # its own, as each answer reads them
+
     @property
     def heard_at(self) -> float:
         """When it answered last (monotonic seconds)."""
@@ -441,17 +446,18 @@ class Service(Settings):
     def answered(self, action: bytes, since: float, current: bool, now: float) -> None:
         """Count an answer to a mail that was sent at `since`; it says something of the state if that is current."""
         self.answers += 1
-        self.tally.add_seconds(now - since)
-        self.tally.add_action(action)
+        tally = self.tally
+        tally.seconds.append(now - since)
+        tally.actions.append(action)
         if current:
             self.answered_at = now
             if since > self.newest:
                 self.newest = since
-            if self.in_a_row:
-                self.in_a_row = self.late_in_a_row = 0
             if self.state is not UP:
                 self.blamed = False
                 self.turn(UP, 'mail was answered', now)
+            elif self.in_a_row:
+                self.in_a_row = self.late_in_a_row = 0
 
     def mail_failed(self, reason: str, since: float, alone: bool, crowded: bool, now: float) -> None:
         """Note that a mail failed that was sent at `since`; alone: no other service is up; crowded: mail waits for it.
@@ -592,7 +598,8 @@ class Balancer:
         self.sticky: Sticky | None = None  #: makes the key of each request, if there is one
         #: For each prio what yields each turn of a cycle once, and what Sticky puts in order.
         self._rounds: list[tuple[Callable[[], Iterator[Pool]], list[Node]]] = []
-        self._bound: dict[bytes, Pool] = {}  # by instance, the longest known first
+        #: The service of each message, whose other requests are to go there: by instance, the longest known first.
+        self.bound: dict[bytes, Pool] = {}
         self.update()
 
     def update(self) -> None:
@@ -620,18 +627,16 @@ class Balancer:
 
         With a key the first in its order that is ready; else the first, as what comes free at another is of no use.
         """
-        if instance:
-            bound = self._bound.get(instance)
+        if instance and not key:
+            bound = self.bound.get(instance)
             if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
                 return bound
-        patience = STICKY_PATIENCE if key else PATIENCE
         for turns, nodes in self._rounds:
             waits: Pool | None = None
             for pool in Sticky.order(key, nodes) if key else turns():
                 if pool in tried or (now - pool.service.answered_at > pool.service.stall and pool.stalled(now)):
                     continue  # the first part saves a call, nearly always
-                if pool.idle or pool.ready(now, patience):
-                    self.bind(instance, pool)
+                if pool.idle or pool.ready(now, STICKY_PATIENCE if key else PATIENCE):
                     return pool
                 waits = waits or (pool if pool.service.state is UP else None)
             if waits is not None:  # the next prio is for requests that have waited
@@ -661,13 +666,10 @@ class Balancer:
             return answering[:1]
         return [pool for pool in answering if pool.service.prio == answering[0].service.prio]
 
-    def bind(self, instance: bytes, pool: Pool) -> None:
-        """Remember the service of a message, whose other requests are to go there."""
-        if not instance:
-            return
-        if len(self._bound) >= 2 * MAX_INSTANCES:  # half at once: one by one costs more
-            self._bound = dict(itertools.islice(self._bound.items(), MAX_INSTANCES, None))
-        self._bound[instance] = pool
+    def forget(self) -> None:
+        """Forget the older half of the messages, once there are too many."""
+        if len(self.bound) >= MAX_INSTANCES:
+            self.bound = dict(itertools.islice(self.bound.items(), len(self.bound) - MAX_INSTANCES // 2, None))
 
 
 # ---------------------------------------------------------------------------
@@ -718,10 +720,10 @@ class Tally:
         self._counts = [0] * (len(BOUNDS) + 1)
         self._verdicts = dict.fromkeys(VERDICTS, 0)
         self._sum = 0.0
-        self._seconds: list[float] = []
-        self._actions: list[bytes] = []
-        #: Both count an answer. Two lists: pairs would have the garbage collector look at them.
-        self.add_seconds, self.add_action = self._seconds.append, self._actions.append
+        #: How long an answer took, and what it was: to be appended. One list of pairs would have the garbage collector
+        #: look at each.
+        self.seconds: list[float] = []
+        self.actions: list[bytes] = []
         self.failed = [0] * (len(BOUNDS) + 1)  # queries without an answer, by bound
         self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
 
@@ -732,13 +734,14 @@ class Tally:
 
     def read(self) -> tuple[list[int], dict[str, int], float]:
         """Return answers by bound, answers by verdict, and the seconds of all."""
-        for bound, number in Counter(map(functools.partial(bisect_left, BOUNDS), self._seconds)).items():
-            self._counts[bound] += number
-        for word, number in Counter([action.partition(b' ')[0] for action in self._actions]).items():
+        self.seconds.sort()  # a search for each bound costs less than one for each answer
+        within = [bisect_right(self.seconds, bound) for bound in (*BOUNDS, math.inf)]
+        self._counts = [*map(add, self._counts, map(sub, within, [0, *within]))]
+        for word, number in Counter([action.partition(b' ')[0] for action in self.actions]).items():
             self._verdicts[verdict(word)] += number
-        self._sum += sum(self._seconds)
-        self._seconds.clear()
-        self._actions.clear()
+        self._sum += sum(self.seconds)
+        self.seconds.clear()
+        self.actions.clear()
         return self._counts, self._verdicts, self._sum
 
 
@@ -962,7 +965,7 @@ class Wire:
 
     def _readable(self) -> None:
         if self._waits:
-            self.user.switch()
+            SWITCH_TO(self.user)
         else:
             self.unexpected()
 
@@ -982,7 +985,7 @@ class Wire:
             self.paused = False
 
     def receive(self) -> bytes | None:
-        """Sleep until there is something to receive; return it, b'' at the end, None if woken for nothing.
+        """Sleep until there is something to receive; return it, None at the end, b'' if woken for nothing.
 
         Raises OSError.
         """
@@ -995,19 +998,17 @@ class Wire:
             self._waits = False
         recv = self._recv  # called as self._recv() it is looked for as a method first, at full length
         try:
-            return recv(RECEIVE)
+            return recv(RECEIVE) or None
         except BlockingIOError:
-            return None
+            return b''
 
-    def send(self, data: bytes) -> None:
-        """Send all of `data`; the caller bounds the time. Raises OSError."""
+    def send(self, data: bytes) -> bytes:
+        """Send what the kernel takes now; return the rest. Raises OSError."""
         send = self._send
         try:
-            sent = send(data)
+            return data[send(data) :]
         except BlockingIOError:
-            sent = 0
-        if sent != len(data):
-            self.socket.sendall(data[sent:])
+            return data
 
     def close(self) -> None:
         """Close the socket and free its watcher; more than once does no harm."""
@@ -1166,24 +1167,25 @@ class Connection(Wire):
         Within the service's timeout, or the seconds that are left if that is less; `user` is the greenlet that asks.
         """
         if self.used:
-            if now - self.silent_at > REST_AFTER or self.paused:
+            if now - self.silent_at > REST_AFTER:
                 self._see_silence(now)
             elif now - self.idle_since >= QUIET:
                 self.silent_at = now
         timer = self.timer if left >= self.timer.seconds else QueryTimeout(max(0.001, left))
-        self._data, sent = b'', False
-        timer.again(self.user.throw, timer)
+        again, stop, sent = timer.again, timer.stop, False
+        again(THROW_INTO, self.user, timer)
         try:
             if self.poll is None:
                 self.open()
             sent = True
-            self.send(request)
-            while (chunk := self.receive()) != b'':
+            if rest := self.send(request):
+                self.socket.sendall(rest)
+            while (chunk := self.receive()) is not None:
                 if not chunk:
                     continue
-                if (plain := PLAIN_ANSWER(chunk)) is not None and not self._data:  # nearly always
+                if PLAIN_ANSWER(chunk) and not self._data:  # nearly always
                     self.used += 1
-                    return plain[1].rstrip()
+                    return chunk[7:].rstrip()
                 if (answer := self._take_in(chunk)) is not None:
                     return answer
         except OSError:
@@ -1193,7 +1195,7 @@ class Connection(Wire):
                 raise
             return self._after_timeout(timer, sent)
         finally:
-            timer.stop()
+            stop()
         self.spent = ENDED
         if not self._data:
             raise (Ended if self.used else ServiceFailure)(DROPPED, 'it hung up without an answer')
@@ -1233,6 +1235,7 @@ class Connection(Wire):
         if answer is None:
             return None
         action, more = answer
+        self._data = b''
         self.used += 1
         self.spent = SURPLUS if more else self.spent
         return action
@@ -1298,6 +1301,7 @@ class Connection(Wire):
     def unexpected(self) -> None:
         if self not in self.pool.idle and self not in self.pool.held:
             self.pause()  # it is busy, and still sends
+            self.silent_at = -math.inf
         elif said := self.look():
             self.pool.drop(self, said)
 
@@ -1642,7 +1646,8 @@ class Pool:
                 connection = Connection(self, now)
             else:
                 return None
-            if connection.poll is not None and connection.poll(0) and (said := connection.look()):
+            poll = connection.poll
+            if poll is not None and poll(0) and (said := connection.look()):
                 self.drop(connection, said)
                 continue
             connection.since = now
@@ -1657,13 +1662,16 @@ class Pool:
         current = self.busy.pop(connection, self) is None  # and not from before the service went down
         self.service.answered(action, connection.since, current, now)
         connection.idle_since = now
-        if self.use is SINGLE_USE and not self.checker.full:  # else one more with each check
-            self.checker.at_once = min(self.checker.at_once + 1 / self.checker.at_once, self.service.max)
+        keep = reuse and current
+        if self.use is not CHECKED:
+            keep = keep and self.use is UNCHECKED and now > self.once_until
+            if self.use is SINGLE_USE and not self.checker.full:  # else one more with each check
+                self.checker.at_once = min(self.checker.at_once + 1 / self.checker.at_once, self.service.max)
         if connection.spent:
-            reuse = False
+            keep = False
             if connection.spent is SURPLUS and current:
                 self.said_more('more than one answer to a request', now)
-        self._release(connection, reuse and current and self.use is not SINGLE_USE and now > self.once_until, now)
+        self._release(connection, keep, now)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
         """Close a connection whose mail was not answered: a check is to tell whether the service is well."""
@@ -1787,7 +1795,7 @@ class Queue:
         self.pools = {service: Pool(service, self, checked) for service in services}
         self.balancer = Balancer(self.pools.values())
         for service in services:
-            service.changed = self.changed
+            service.start(self.changed, time.monotonic())
 
     def wait(self, client: Client, first: Pool | None, tried: Sequence[Pool], deadline: float,
              since: float) -> Connection | None:  # fmt: skip
@@ -1803,7 +1811,6 @@ class Queue:
                     ends = [since + each for each in (PATIENCE, TRIAL_PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE)]
                     waiter.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
                 if waiter.connection is not None and waiter.connection in waiter.connection.pool.busy:
-                    self.balancer.bind(client.instance, waiter.connection.pool)
                     break
                 if waiter.connection is not None:  # its service went down before we ran
                     waiter.connection.close()
@@ -1894,7 +1901,7 @@ class Client(Wire):
     def unexpected(self) -> None:
         # a request is under way: pipelined bytes, half a close, or a reset
         try:
-            self._take_in(self._recv(RECEIVE))
+            self._take_in(self._recv(RECEIVE) or None)
         except BlockingIOError:
             pass
         except OSError:
@@ -1904,10 +1911,10 @@ class Client(Wire):
             self.pause()
 
     def _take_in(self, data: bytes | None) -> None:
-        if data:
-            self._buffer.data += data
-        elif data is not None:
+        if data is None:
             self.ended = True
+        else:
+            self._buffer.data += data
 
     def request(self, seconds: float) -> bytes | None:
         """Return the next request, None at the client's end; idle is free, a request begun has so many seconds.
@@ -1915,18 +1922,20 @@ class Client(Wire):
         Raises ClientFault, OSError.
         """
         buffer = self._buffer
+        request = None
         if buffer.data:
             gevent.sleep(0)  # one that pipelines lets the others have their turn
-        request = buffer.take() if buffer.data else None
+            request = buffer.take()
         while not (buffer.data or request or self.ended):
             data = self.receive()
             if data:
-                _, end, rest = data.partition(b'\n\n')  # find() would cost more: it wants its arguments in a tuple
-                if end and not rest and CR not in data and data[0] != LF:
+                # no other end before its own: rpartition() finds that in half the time of partition()
+                whole = data[-2:] == b'\n\n' and not data[:-1].rpartition(b'\n\n')[1]
+                if whole and CR not in data and data[0] != LF:
                     return data  # one request and no more, as nearly always
                 buffer.data = data
                 request = buffer.take()
-            elif data is not None:
+            elif data is None:
                 self.ended = True
             elif self._leaving:
                 return None
@@ -1943,15 +1952,11 @@ class Client(Wire):
 
     def answer(self, action: bytes) -> None:
         """Send what the kernel takes of an answer now; the rest is left to finish_answer(), as all errors are."""
-        data, sent = b'action=' + action + b'\n\n', 0
-        if not self.closing:
-            send = self._send
-            try:
-                sent = send(data)
-            except OSError:
-                pass
-        if sent != len(data):
-            self.unsent = data[sent:]
+        answer = b'action=' + action + b'\n\n'
+        try:
+            self.unsent = answer if self.closing else self.send(answer)
+        except OSError:
+            self.unsent = answer
 
     def finish_answer(self, seconds: float) -> None:
         """Send the rest of an answer, within so many seconds, and after the last one our end.
@@ -1963,7 +1968,7 @@ class Client(Wire):
         if last and self.socket.family != socket.AF_UNIX:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         with gevent.Timeout(seconds, ClientFault(NOT_TAKEN, f'{len(self.unsent)} bytes')):
-            self.send(self.unsent)
+            self.socket.sendall(self.unsent)
         self.unsent = b''
         if last and self.socket.family == socket.AF_UNIX:
             self.unexpected()  # the answer is there before our end is: who has asked meanwhile is answered
@@ -1996,8 +2001,6 @@ class Proxy:
         #: Default actions that are logged once in ten seconds and not one by one, by reason: how many were.
         self._logged = {NO_SERVICE: 0, NOT_POLICY: 0}
         self.stalled: dict[Service, float] = {}  # and since when each has not answered (monotonic seconds)
-        for service in services:
-            service.since = time.monotonic()
         gevent.spawn(self._keep, TICK if checked else 1.0)
 
     # -- deciding
@@ -2012,19 +2015,21 @@ class Proxy:
         if last is not None and (instance != client.instance or not instance):
             last.pool.let_go(last, client)
         client.instance = instance
-        sticky = self._balancer.sticky
-        client.key = key = sticky.key(request) if sticky is not None else b''
+        if self._balancer.sticky is not None:
+            client.key = self._balancer.sticky.key(request)
         deadline = now + self._deadline
         tried: list[Pool] = []
         failure: ServiceFailure | None = None
         while now < deadline:
-            pool = self._balancer.choose(b'' if key else instance, tried, now, key)
-            if key and last is not None and last.pool is not pool:
+            pool = self._balancer.choose(instance, tried, now, client.key)
+            if client.key and last is not None and last.pool is not pool:
                 last.pool.let_go(last, client)
             connection = pool.take(client, now) if pool is not None else None
             if connection is None and (connection := self.queue.wait(client, pool, tried, deadline, now)) is None:
                 break
             tried.append(connection.pool)
+            if instance and not client.key:
+                self._balancer.bound[instance] = connection.pool
             try:
                 action = self._query(connection, request, client, deadline, tried)
             except ServiceFailure as caught:
@@ -2183,6 +2188,7 @@ class Proxy:
                 gevent.get_hub().handle_error(self, *sys.exc_info())
 
     def _each_second(self, now: float) -> None:
+        self._balancer.forget()
         for service, pool in self.pools.items():
             service.tally.read()
             pool.prune(now)

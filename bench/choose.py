@@ -70,7 +70,10 @@ def chooser(balancer: Balancer | None, requests: Iterable[bytes]) -> Callable[[]
         request, instance = following() + AS_RECEIVED, b'%x' % next(numbers)
         if balancer is not None:
             key = balancer.sticky.key(request) if balancer.sticky is not None else b''
-            balancer.choose(b'' if key else instance, (), 0.0, key)
+            pool = balancer.choose(instance, (), 0.0, key)
+            assert pool is not None
+            if not key:
+                balancer.bound[instance] = pool
 
     return choose
 

@@ -105,7 +105,7 @@ class ModelClient(Client):
     __slots__ = ('answers',)
 
     def __init__(self) -> None:
-        self.instance, self.connection = b'', None
+        self.instance, self.key, self.connection = b'', b'', None
         self.asked, self.ended = 0.0, False
         self.answers: list[bytes] = []
         self.user = getcurrent()

@@ -278,7 +278,7 @@ def test_quantiles_are_the_bounds_that_hold() -> None:
     tally = pool.service.tally
     assert set(quantiles(tally.read()[0], pool, 0).values()) == {None}
     for _ in range(98):
-        tally.add_seconds(0.0011)
+        tally.seconds.append(0.0011)
     assert quantiles(tally.read()[0], pool, 0) == {'p50': 0.00125, 'p95': 0.00125, 'p99': 0.00125}
     pool.busy[Connection(pool, 100)] = None
     assert quantiles(tally.read()[0], pool, 130)['p99'] == pytest.approx(31.5), 'one in flight'
@@ -394,7 +394,7 @@ def test_every_metric_is_the_counter() -> None:
 def test_the_buckets_are_cumulative_at_1_2_5() -> None:
     tally = Tally()
     for seconds in (0.00005, 0.0002, 0.00021, 0.3, 1000):
-        tally.add_seconds(seconds)
+        tally.seconds.append(seconds)
     found = dict(buckets(tally))
     assert list(found)[:4] == ['0.0001', '0.0002', '0.0005', '0.001']
     assert list(found)[-4:] == ['20', '50', '100', '+Inf'] and len(found) == 20
