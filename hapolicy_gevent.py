@@ -426,8 +426,7 @@ class Service(Settings):
 
     def start(self, changed: Callable[[Service, str, float], None], now: float) -> None:
         """Begin to be used: it is up until something tells otherwise."""
-        self.changed, self.since = changed, now
-        self.state, self.in_a_row = UP, 0  # its own, as each answer reads them
+        self.changed, self.since, self.state, self.in_a_row = changed, now, UP, 0  # its own: each answer reads them
 
     @property
     def heard_at(self) -> float:
@@ -1372,7 +1371,8 @@ class Checker:
         if self.pool.service.state is DOWN:
             restarts = now - self.pool.service.since < 2 * BACKOFF_FIRST  # it would be up again within this time
             pace = SOON if restarts else BACKOFF_FIRST
-            seconds = self.backoff * JITTER if self.pool.queue.balancer.up else pace
+            costly = self.pool.service.blamed and not self.enabled  # mail, a timeout each time
+            seconds = self.backoff * JITTER if self.pool.queue.balancer.up or costly else pace
         return now < self._failed_at + seconds
 
     def due(self, now: float) -> bool:
@@ -1680,6 +1680,8 @@ class Pool:
         service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
         if self.busy.pop(connection, self) is None:  # and not from before it went down
             service.failed_at, alone = now, self.queue.balancer.up == (service.state is UP)
+            if not self.checker.enabled and failure.reason is LATE:
+                alone = False  # there is one client, and it would wait for the timeout each time
             if not self.checker.enabled or failure.reason not in (REFUSED, UNREACHABLE):  # else a check is to tell
                 service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
             self.checker.grow(now)
@@ -1968,7 +1970,7 @@ class Client(Wire):
         if last and self.socket.family != socket.AF_UNIX:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         with gevent.Timeout(seconds, ClientFault(NOT_TAKEN, f'{len(self.unsent)} bytes')):
-            self.socket.sendall(self.unsent)
+            self.socket.sendall(self.send(self.unsent))
         self.unsent = b''
         if last and self.socket.family == socket.AF_UNIX:
             self.unexpected()  # the answer is there before our end is: who has asked meanwhile is answered
@@ -2169,6 +2171,8 @@ class Proxy:
                 client.drain(now)
             gevent.sleep(0.01)
         self._log_defaults()
+        if self.clients:
+            self._log(WARNING, f'{len(self.clients)} clients are cut off at the end of --grace')
         return not self.clients
 
     # -- what is done again and again
@@ -2377,7 +2381,8 @@ class Status:
                    for row in services if row['state'] is not UP or row['stalled']]  # fmt: skip
         failing = [f'{service.name} failed {counts[1]} of {sum(counts[:2])} queries in the last minute.'
                    for service, counts in minute.items() if service and counts[1]]  # fmt: skip
-        said = [f'{len(services) - len(trouble)} of {len(services)} services are up.', *trouble[:3], *failing[:3]]
+        up = sum(row['state'] is UP for row in services)  # that it has stalled is said behind
+        said = [f'{up} of {len(services)} services are up.', *trouble[:3], *failing[:3]]
         if self._proxy.draining:
             said.insert(0, f'Draining: no new client is accepted, {len(self._proxy.clients)} are connected.')
         given, level = minute[None][3], 'ok'
@@ -2687,17 +2692,17 @@ def client_limit(options: SimpleNamespace, log: Log) -> int:
 
 
 def review(options: SimpleNamespace, log: Log) -> None:
-    """Warn of what is allowed, but hardly meant; leave each request time for a second service."""
+    """Warn of what is allowed, but hardly meant; leave each request time for a second service, if there is one."""
     if os.geteuid() == 0:
         log(WARNING, 'Started as root: run it as a user without privileges')
     for action, option in {options.failed: '--failed', options.default: '--default'}.items():  # mostly the same
         if action.split()[0].lower() not in ACTIONS and verdict(action) is OTHER:
             log(WARNING, f"{option} '{printable(action)}' is no action of access(5), unless it names a restriction")
-    for service in options.service if len(options.service) > 1 else []:
-        if service.timeout > options.deadline / 2:
-            log(WARNING, f'The timeout of {service.name}, {service.timeout:g}s,'
-                         f' is cut to half of --deadline {options.deadline:g}s')  # fmt: skip
-            service.timeout = options.deadline / 2
+    longest = options.deadline / min(2, len(options.service))
+    for service in options.service:
+        if service.timeout > longest:
+            log(WARNING, f'The timeout of {service.name}, {service.timeout:g}s, is cut to {longest:g}s by --deadline')
+            service.timeout = longest
 
 
 def stop_signal() -> gevent.event.Event:

@@ -162,6 +162,7 @@ def test_after_the_grace_it_ends_with_status_1() -> None:
         started = time.monotonic()
         assert proxy.terminate() == 1
         assert time.monotonic() - started < 10 * SCALE, 'the default is 30 s'
+        assert '1 clients are cut off at the end of --grace' in proxy.log
 
 
 def test_a_second_signal_ends_it_at_once() -> None:

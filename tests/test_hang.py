@@ -198,6 +198,18 @@ def test_the_deadline_is_over_all_services_and_the_default_comes_before_it_passe
             proxy.logged('given: default, deadline')
 
 
+def test_a_stopped_server_is_found_within_the_deadline_although_its_timeout_is_longer() -> None:
+    with processes('A') as (a,), ProxyProcess('-s', a.service, '--deadline=1') as proxy, proxy.client() as client:
+        proxy.logged('The timeout of A, 30s, is cut to 1s by --deadline')
+        assert client.ask_own() == 'A'
+        a.hang()
+        assert client.ask_own() == 'default'
+        proxy.logged('is down: its check: timeout', 10)
+        assert seconds_of(client.ask_own) < 0.9
+        a.wake()
+        wait_until(lambda: client.ask_own() == 'A')
+
+
 def test_waiting_for_a_place_ends_at_the_deadline() -> None:
     with stubs(hang) as (a,), ProxyProcess('-s', a.service + ':::60:1', '--deadline=1') as proxy:
         started = time.monotonic()

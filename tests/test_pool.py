@@ -125,7 +125,7 @@ def test_a_timeout_above_the_deadline_leaves_time_for_the_next_service_and_count
             answered = in_threads(6, lambda i: {clients[i].ask_own() for _ in range(200)})
             assert set().union(*answered) <= {'A', 'B'}
             proxy.logged('[A] (' + a.service[2:] + ') is down: mail failed 2 times in a row, the last: timeout')
-            assert f'The timeout of A, 30s, is cut to half of --deadline {2 * SCALE:g}s' in proxy.log
+            assert f'The timeout of A, 30s, is cut to {SCALE:g}s by --deadline' in proxy.log
 
 
 def test_who_waits_for_a_full_service_is_served_by_another_that_returns() -> None:

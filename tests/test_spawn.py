@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import for_sender
 from tests.support import (
     MODULE,
     ONE,
     ROOT,
     SCALE,
     Behaviour,
+    Peer,
     answer,
     echo,
     free_port,
@@ -273,15 +275,32 @@ def test_under_spawn_a_server_that_fails_at_a_request_gets_it_the_action_of_fail
 
 
 @pytest.mark.slow
-def test_under_spawn_a_server_that_hangs_costs_few_mails_its_timeout() -> None:
-    with stubs(hang, echo) as (a, b), Spawned('-s', a.service + ':::0.5', '-s', b.service) as spawned:
-        held, end = 0, time.monotonic() + 5
-        while time.monotonic() < end:
-            started = time.monotonic()
-            assert spawned.ask(request(instance=new_instance())).endswith(b' B\n\n')
-            held += time.monotonic() - started > 0.45
-            time.sleep(0.02)
-        assert 2 <= held <= 5, held
+@pytest.mark.parametrize('alone', [False, True])
+def test_under_spawn_a_server_that_hangs_costs_few_mails_its_timeout_and_is_found_again(alone: bool) -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        (hang if hangs else echo)(peer, message)
+
+    hangs = True
+    with stubs(behave, echo) as (a, b):
+        others = [] if alone else ['-s', b.service + ':20']
+        with Spawned('-s', a.service + ':::0.5', *others) as spawned:
+            held, end = 0, time.monotonic() + 5
+            while time.monotonic() < end:
+                started = time.monotonic()
+                answer = spawned.ask(request(instance=new_instance()))
+                assert answer == b'action=dunno\n\n' if alone else answer.endswith(b' B\n\n')
+                held += time.monotonic() - started > 0.45
+                time.sleep(0.02)
+            assert 2 <= held <= 5, held
+            hangs = False
+            wait_until(lambda: spawned.ask(request(instance=new_instance())).endswith(b' A\n\n'))
+
+
+def test_under_spawn_a_server_that_hangs_up_is_asked_by_each_mail_where_it_is_alone() -> None:
+    with stubs(for_sender('poison', hang_up, echo)) as (a,), Spawned('-s', a.service) as spawned:
+        for _ in range(20):
+            assert spawned.ask(request(sender='poison', instance=new_instance())) == b'action=dunno\n\n'
+            assert spawned.ask(request(instance=new_instance())).endswith(b' A\n\n')
 
 
 def test_under_spawn_sigterm_answers_what_is_in_flight() -> None:

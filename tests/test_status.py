@@ -187,7 +187,7 @@ def test_a_stalled_service_is_told() -> None:
         wait_until(lambda: proxy.data()['services'][0]['stalled'], 10, 'stalled')
         data = proxy.data()
         assert data['services'][0]['in_flight'] == 1
-        assert data['headline']['text'].startswith('0 of 1 services are up. A is stalled without an answer since ')
+        assert data['headline']['text'].startswith('1 of 1 services are up. A is stalled without an answer since ')
 
 
 # -- what hangs
