@@ -297,8 +297,8 @@ def test_a_request_that_is_sent_again_waits_long_for_a_full_server_only_where_no
     with full as a, PolicyServerStub(name='B') as b:
         further = ['-s', b.service + ':20'] if others else []
         with ProxyProcess('-s', a.service, *further) as proxy, proxy.client(60) as held, proxy.client(60) as client:
-            ask_all(proxy, 8, 1)
-            proxy.logged('is full')
+            while 'is full' not in proxy.log:
+                ask_all(proxy, 8, 1)
             wait_until(lambda: a.open == 2, what='two connections')
             held.send(request(sender='slow', instance=new_instance()))
             wait_until(lambda: b'sender=slow\n' in b''.join(a.requests))
