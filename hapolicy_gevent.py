@@ -1265,30 +1265,20 @@ class Connection(Wire):
         self.close()
         self.begin(time.monotonic())
 
-    def look(self) -> str:
-        """Return what came that nobody asked for: ENDED, SURPLUS, or '' for nothing, or for empty lines."""
+    def look(self, flags: int = 0) -> str:
+        """Return what came that nobody asked for: ENDED, SURPLUS, or '' for nothing, or for empty lines.
+
+        With MSG_PEEK as flag what came can be received still.
+        """
         try:
             for _ in range(2):
-                if not (data := self._recv(RECEIVE)):
+                if not (data := self._recv(RECEIVE, flags)):
                     return ENDED
                 if data.strip(LINE_ENDS):
                     return SURPLUS
             return SURPLUS  # of empty lines
-        except BlockingIOError:
-            return ''
-        except OSError:
-            pass
-        return ENDED
-
-    @property
-    def ended(self) -> bool:
-        """Whether the server has closed it, and there is no answer to read."""
-        try:
-            return self._recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b''
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        except OSError as error:
+            return '' if isinstance(error, BlockingIOError) else ENDED
 
     def listen(self, seconds: float) -> str:
         """Return what came within so many seconds, as look() does."""
@@ -1598,7 +1588,7 @@ class Pool:
         for connection in [*self.held, *self.idle]:
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
-        ended = [connection for connection in self.busy if connection.poll is not None and connection.ended]
+        ended = [each for each in self.busy if each.poll is not None and each.look(socket.MSG_PEEK) is ENDED]
         return self.open - len(ended)
 
     def admits(self, waited: float, now: float) -> bool:

@@ -78,12 +78,8 @@ class ModelConnection(Connection):
         self.dead = False
         self.poll = lambda timeout: [(0, 0x2001)] if self.dead else []  # POLLIN | POLLRDHUP
 
-    def look(self) -> str:
+    def look(self, flags: int = 0) -> str:
         return ENDED if self.dead else ''
-
-    @property
-    def ended(self) -> bool:
-        return self.dead
 
     def ask(self, request: bytes, now: float, left: float = math.inf) -> bytes:
         """Stop the request until the model's server does something with it."""
