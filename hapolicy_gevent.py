@@ -144,7 +144,7 @@ BACKOFF_FIRST, BACKOFF_MAX, SOON = 1.0, 30.0, 0.1
 #: From 0.8 to 1.2: proxies that saw one server die are not to check it together.
 JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
 #: Mails at once for a service on trial, where no service is up; and seconds for which others wait for their answer, or
-#: for that to a check in a hurry.
+#: for that to a check, where they can wait for nothing else.
 TRIALS, TRIAL_PATIENCE = 5, 0.5
 #: Messages whose service is remembered, at most, and those of one second: ten minutes of a very busy site.
 MAX_INSTANCES = 40000
@@ -655,7 +655,7 @@ class Balancer:
             pools = sorted(Sticky.order(key, self._nodes), key=lambda pool: pool.service.prio)
         left = [pool for pool in pools if pool not in tried]
         there = [pool for pool in left if pool.admits(waited, now)]
-        there = there or [pool for pool in left if pool.checker.hurries(now)]
+        there = there or [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
         answering = there if waited >= STALLED_PATIENCE else [pool for pool in there if not pool.stalled(now)] or there
         if waited >= (STICKY_PATIENCE if key else PATIENCE) or not answering:
             return answering
@@ -1300,6 +1300,11 @@ class Connection(Wire):
             self.timer.close()
 
 
+def asked_first(connections: dict[Connection, Any]) -> float:
+    """Return when the first of them was asked (monotonic seconds), infinity if there is none."""
+    return next(iter(connections)).since if connections else math.inf
+
+
 class QueryTimeout(gevent.Timeout):
     """A Timeout that may be started again and again: 0.4 us each time, against 1.6 us for a new one.
 
@@ -1340,7 +1345,6 @@ class Checker:
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
         self._fastest = math.inf  # seconds that a check took at least, since the service was down last
-        self._hurried_at = -math.inf  # when a check began that requests may wait for (monotonic seconds)
         self._began = self._failed_at = -math.inf  # the last check, and the last that failed (monotonic seconds)
 
     def spawn(self, check: Connection) -> Any:
@@ -1418,17 +1422,6 @@ class Checker:
             if kept not in self.pool.idle and kept not in self.pool.busy:
                 kept.close()
 
-    def hurry(self, pace: float, now: float) -> None:
-        """Check a service that is down, whatever its backoff, unless a check failed less than `pace` seconds ago."""
-        down = self.enabled and self.pool.service.state is DOWN
-        if down and not self.running and now > self._failed_at + pace:
-            self._failed_at, self._hurried_at = -math.inf, now
-            self.grow(now)
-
-    def hurries(self, now: float) -> bool:
-        """Tell whether a request that has no other service may wait for a check that was made for that."""
-        return bool(self.running) and now - self._hurried_at < TRIAL_PATIENCE
-
     def stop(self, *but: Connection) -> None:
         """Close the checks that are running, but for some: they say nothing of the service now."""
         for check in [check for check in self.running if check not in but]:
@@ -1472,7 +1465,7 @@ class Checker:
             self.reason = reason
             if reason is LATE:
                 self.backoff = BACKOFF_FIRST  # a server that was stopped answers the check that waits when it goes on
-            elif pool.queue.balancer.up and check.since > self._hurried_at + BACKOFF_FIRST:
+            elif pool.queue.balancer.up:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
             pool.queue.balancer.update()
             for waiter in pool.waiting:  # until its check failed
@@ -1676,7 +1669,7 @@ class Pool:
                 service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
             self.checker.grow(now)
             if alone:
-                self.queue.hurry(BACKOFF_FIRST, now)  # a stranger may do that again and again
+                self.queue.hurry(now)
         self._release(connection, False, now)
 
     def give_back(self, connection: Connection, unused: bool) -> None:
@@ -1838,10 +1831,15 @@ class Queue:
             waiter.leave(*waiter.pools)
             waiter.woken.set()
 
-    def hurry(self, pace: float, now: float) -> None:
-        """Check the services that are down: the last one that is up failed, and one of them may be back."""
+    def hurry(self, now: float) -> None:
+        """Check the services that are down: the last one that is up failed, and one of them may be back.
+
+        Once a second at most, as the backoff begins anew: a stranger may send mail that fails again and again.
+        """
         for pool in self.pools.values():
-            pool.checker.hurry(pace, now)
+            if pool.service.state is DOWN and pool.checker.enabled:
+                pool.checker.backoff = BACKOFF_FIRST
+                pool.checker.grow(now)
 
     def changed(self, service: Service, text: str, now: float) -> None:
         """Do what follows from a change of a service's state: a request that it concerns chooses again."""
@@ -1858,7 +1856,7 @@ class Queue:
                 waiter.pools.remove(pool)
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
-                self.hurry(SOON, now)
+                self.hurry(now)
         elif service.state is UP:
             pool.checker.backoff = BACKOFF_FIRST  # when it goes down next
             if pool.checker.reason:

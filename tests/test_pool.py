@@ -480,19 +480,22 @@ def test_a_single_use_service_whose_host_is_gone_is_down_though_mail_still_conne
     assert pool.service.state == 'down' and not pool.checker.full
 
 
-def test_a_check_in_a_hurry_makes_no_backoff_longer() -> None:
+def test_mail_that_fails_has_a_service_checked_at_once_and_makes_no_backoff_longer() -> None:
     queue = Queue([parse_service('A=127.0.0.1:1'), parse_service('B=127.0.0.1:1')], quiet_log())
     a, b = queue.balancer.pools
     a.checker.spawn = b.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
     now = time.monotonic()
     a.service.turn(hapolicy_gevent.DOWN, 'it died', now)
-    for hurried, backoff in (True, 1), (False, 2):
-        now += 5
-        (queue.hurry(1, now) if hurried else a.checker.grow(now))
+    for seconds, backoff in (5, 2), (5, 4), (5, 8), (1.3, 2), (1.3, 2):
+        now += seconds
+        (queue.hurry(now) if seconds == 1.3 else a.checker.grow(now))
         (check,) = a.checker.running
         check.since = now
         a.checker.failed(check, ServiceFailure(hapolicy_gevent.REFUSED, 'refused'), now)
         assert a.checker.backoff == backoff
+        queue.hurry(now + 0.7)
+        assert not a.checker.running, 'one a second, whatever a stranger sends'
+        a.checker.backoff = backoff
 
 
 def test_a_service_without_checks_stays_so_where_its_connections_end() -> None:
