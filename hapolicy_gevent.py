@@ -1353,11 +1353,9 @@ class Checker:
 
     def growing(self, now: float, patience: float = PATIENCE) -> bool:
         """Tell whether a request that waits for so many seconds may expect a new connection."""
-        if not self.enabled or self._too_early(now):
-            return False
-        if self.running and (self.full or now - next(iter(self.running)).since > patience):
-            return False
-        return self.pool.room > 0 or bool(self.running)
+        if self.running:
+            return not self.full and now - asked_first(self.running) <= patience
+        return self.enabled and self.pool.room > 0 and not self._too_early(now)
 
     def _too_early(self, now: float) -> bool:
         """Tell whether it is too early for a check: one failed, and the service is down, or serves what is open."""
@@ -1518,13 +1516,12 @@ class Checker:
 
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
-        # the eldest; one that was answered is about to pass, and stops the elder ones
-        check = None if self.answered else next(iter(self.running), None)
+        began = asked_first(self.running)
         slow = max(UNANSWERED, 2 * self._fastest)  # the first answer of a connection may take its time
-        if (check is not None and self.pool.service.newest - check.since > slow
-                and (not self.full or len(self.running) > 2)):  # fmt: skip
-            self.found_full(f'no answer for {now - check.since:.1f}s')
-            self.stop(check)
+        hung = not self.answered and self.pool.service.newest - began > slow  # else it stops the elder ones
+        if hung and (not self.full or len(self.running) > 2):
+            self.found_full(f'no answer for {now - began:.1f}s')
+            self.stop(next(iter(self.running)))
         self.grow(now)
 
 
@@ -1591,9 +1588,10 @@ class Pool:
         """
         if self.service.state is UP:
             return True
-        asked = [next(iter(each)).since for each in (self.busy, self.checker.running) if each]
-        return self.places > 0 and (len(self.busy) + len(self.waiting) < self.places
-                                    or all(now - since < TRIAL_PATIENCE - waited for since in asked))  # fmt: skip
+        if len(self.busy) + len(self.waiting) < self.places:
+            return True
+        asked = min(asked_first(self.busy), asked_first(self.checker.running))
+        return self.places > 0 and now - asked < TRIAL_PATIENCE - waited
 
     def ready(self, now: float, patience: float = PATIENCE) -> bool:
         """Tell whether it has a connection for a request, or will have one for a request that waits for so long."""
@@ -1604,9 +1602,7 @@ class Pool:
     def stalled(self, now: float) -> bool:
         """Tell whether mail is in flight and none was answered for `stall` seconds."""
         service = self.service
-        if now - service.answered_at <= service.stall or not self.busy:
-            return False
-        return now - next(iter(self.busy)).since > service.stall
+        return now - service.answered_at > service.stall and now - asked_first(self.busy) > service.stall
 
     def take(self, client: Client, now: float) -> Connection | None:
         """Return a silent connection, busy from now on; None if there is none.
