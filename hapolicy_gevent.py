@@ -1557,15 +1557,11 @@ class Pool:
         return self.service.max - self.open - len(self.checker.running)
 
     @property
-    def unchecked(self) -> bool:
-        """Whether mail rides on connections that were not checked: see Balancer.update() for one that is down."""
-        return self.use is not CHECKED or self.service.state is DOWN
-
-    @property
     def opens(self) -> bool:
-        """Whether a mail may open a connection, without a check."""
-        at_most = self.checker.at_once if self.use is SINGLE_USE else self.service.max
-        return self.unchecked and self.room > 0 and len(self.busy) + 1 <= at_most
+        """Whether a mail may open a connection, without a check: see Balancer.update() for a service that is down."""
+        if self.use is SINGLE_USE and len(self.busy) + 1 > self.checker.at_once:
+            return False
+        return self.room > 0 and (self.use is not CHECKED or self.service.state is DOWN)
 
     @property
     def give_up_pace(self) -> float:
@@ -1597,7 +1593,8 @@ class Pool:
         """Tell whether it has a connection for a request, or will have one for a request that waits for so long."""
         if len(self.busy) >= self.places:
             return False
-        return bool(self.idle or self.held) or (self.opens if self.unchecked else self.checker.growing(now, patience))
+        there = bool(self.idle or self.held) or self.opens
+        return there or (self.use is CHECKED and self.checker.growing(now, patience))
 
     def stalled(self, now: float) -> bool:
         """Tell whether mail is in flight and none was answered for `stall` seconds."""
