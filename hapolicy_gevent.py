@@ -127,7 +127,7 @@ ONCE = 60.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
 MAX_AGE = 1000.0
 #: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
-#: children. For a slow server ten times of what a query takes.
+#: children. Where checks take long, ten times of that.
 GIVE_UP = 1.5
 #: Seconds that the lookup of a service's name may take, before a new connection takes the address of last time.
 LOOKUP = 1.0
@@ -1443,7 +1443,7 @@ class Checker:
             self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
         self.full = self.full if self.at_once < pool.service.max else 0
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
-        pool.give_up_at = min(pool.give_up_at, now + pool.give_up_pace)
+        pool.give_up_at = min(pool.give_up_at, now + max(GIVE_UP, 10 * self._fastest))
         pool.service.check_passed(now)
         if not single:
             pool.use = CHECKED
@@ -1562,12 +1562,6 @@ class Pool:
         if self.use is SINGLE_USE and len(self.busy) + 1 > self.checker.at_once:
             return False
         return self.room > 0 and (self.use is not CHECKED or self.service.state is DOWN)
-
-    @property
-    def give_up_pace(self) -> float:
-        """Seconds between two connections that are given up."""
-        counts, _, seconds = self.service.tally.read()
-        return max(GIVE_UP, 10 * seconds / max(1, sum(counts)))
 
     def look(self) -> int:
         """Close the idle connections that have ended; return how many are open, and served."""
