@@ -1244,17 +1244,14 @@ class Connection(Wire):
 
         Asked anew if the server hangs up, or answers rubbish: once proves nothing. Raises ServiceFailure.
         """
-        self.user, end = getcurrent(), self.since + self.pool.service.timeout
+        self.user = getcurrent()
         try:
             action = self.ask(CHECK, self.since)
         except ServiceFailure as failure:
             if failure.reason not in (DROPPED, INVALID):
                 raise
             self.reopen()
-            try:
-                action = self.ask(CHECK, self.since, end - self.since)
-            except ServiceFailure as second:  # the time of both is over
-                raise ServiceFailure(LATE if second.reason is DEADLINE else second.reason, str(second)) from None
+            action = self.ask(CHECK, self.since)
         self.pool.service.check_answered(self.since, time.monotonic())
         said = self.spent or self.listen(QUIET)
         self.idle_since = self.silent_at = time.monotonic()
