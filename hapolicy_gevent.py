@@ -1084,7 +1084,7 @@ class Connector:
             if self._lookup is None or self._lookup.ready():
                 self._lookup, self._began = gevent.spawn(self._look_up), now
             self._lookup.join(max(0.0, self._began + LOOKUP - now))
-        failure = None if self._known else OSError(errno.EHOSTUNREACH, self._trouble or 'it is not looked up in time')
+        failure = OSError(errno.EHOSTUNREACH, self._trouble or 'it is not looked up in time')
         for address in list(self._known):
             try:
                 return connect(*address, self._seconds / len(self._known))
@@ -1094,8 +1094,7 @@ class Connector:
                 if not isinstance(error, OSError):  # the query is over, or the check
                     raise
                 # one that was too slow may be well: the mildest that can be said
-                failure = error if failure is None or isinstance(error, TimeoutError) else failure
-        assert failure is not None
+                failure = failure if isinstance(failure, TimeoutError) else error
         raise failure
 
     def rotate(self) -> None:
