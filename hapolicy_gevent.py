@@ -1385,20 +1385,18 @@ class Checker:
                 pool.service.turn(TRIAL, 'mail may try it', now)
             return
         # those that run may have met workers that hang
-        stuck = running > 0 and now - next(reversed(self.running)).since > UNANSWERED
-        stuck = stuck and (bool(pool.waiting) or not pool.queue.balancer.up)
+        stuck = running > 0 and now - self._began > UNANSWERED and (bool(pool.waiting) or not pool.queue.balancer.up)
         if pool.service.state is DOWN:
             number = 1 + stuck
         else:
-            asked = len(pool.waiting) if pool.use is CHECKED else 0
-            single = pool.use is SINGLE_USE and not running and bool(pool.waiting)  # are more mails served at once?
-            one_more = more or stuck or single or self.due(now)
+            asked = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
+            one_more = more or stuck or self.due(now)
             number = min(max(asked, running + one_more), int(self.at_once) + stuck)
         if stuck:
             pool.connector.rotate()
-            if running >= min(number, running + pool.room):  # the youngest gives way: not all, of a server that is slow
-                *others, _ = self.running
-                self.stop(*(others or self.running))
+            if running > 1 and (running >= number or not pool.room):  # not all, of a server that is slow
+                _, youngest = self.running.popitem()
+                youngest.kill(block=False)
         for _ in range(min(number - len(self.running), pool.room)):
             self._began = now
             check = Connection(pool, now)
