@@ -656,14 +656,13 @@ class Balancer:
         left = [pool for pool in pools if pool not in tried]
         there = [pool for pool in left if pool.admits(waited, now)]
         there = there or [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
-        answering = there if waited >= STALLED_PATIENCE else [pool for pool in there if not pool.stalled(now)] or there
-        if waited >= (STICKY_PATIENCE if key else PATIENCE) or not answering:
+        answering = [pool for pool in there if waited >= STALLED_PATIENCE or not pool.stalled(now)] or there
+        if waited >= (STICKY_PATIENCE if key else PATIENCE):
             return answering
-        if first is not None and first in answering:
+        if first in answering:
             return [first]
-        if key:
-            return answering[:1]
-        return [pool for pool in answering if pool.service.prio == answering[0].service.prio]
+        of_one_prio = [pool for pool in answering if pool.service.prio == answering[0].service.prio]
+        return of_one_prio[:1] if key else of_one_prio
 
     def forget(self) -> None:
         """Forget the older half of the messages, once there are too many."""
@@ -1570,9 +1569,7 @@ class Pool:
 
         For one that is on trial where a place is free, or while its answer can be expected: it was well until now.
         """
-        if self.service.state is UP:
-            return True
-        if len(self.busy) + len(self.waiting) < self.places:
+        if self.service.state is UP or len(self.busy) + len(self.waiting) < self.places:
             return True
         asked = min(asked_first(self.busy), asked_first(self.checker.running))
         return self.places > 0 and now - asked < TRIAL_PATIENCE - waited
