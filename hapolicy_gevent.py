@@ -1385,12 +1385,10 @@ class Checker:
             return
         # those that run may have met workers that hang
         stuck = running > 0 and now - self._began > UNANSWERED and (bool(pool.waiting) or not pool.queue.balancer.up)
-        if pool.service.state is DOWN:
-            number = 1 + stuck
-        else:
-            asked = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
-            one_more = more or stuck or self.due(now)
-            number = min(max(asked, running + one_more), int(self.at_once) + stuck)
+        down = pool.service.state is DOWN
+        asked = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
+        one_more = more or stuck or down or self.due(now)
+        number = min(max(asked, running + one_more), (1 if down else int(self.at_once)) + stuck)
         if stuck:
             pool.connector.rotate()
             if running > 1 and (running >= number or not pool.room):  # not all, of a server that is slow
