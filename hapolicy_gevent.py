@@ -1452,9 +1452,7 @@ class Checker:
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
             self.reason = reason
-            if reason is LATE:
-                self.backoff = BACKOFF_FIRST  # a server that was stopped answers the check that waits when it goes on
-            elif pool.queue.balancer.up:
+            if pool.queue.balancer.up:
                 self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
             pool.queue.balancer.update()
             for waiter in pool.waiting:  # until its check failed
