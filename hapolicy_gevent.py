@@ -1471,8 +1471,7 @@ class Checker:
         """Tell whether the service serves others though a check failed."""
         if reason is LATE:
             return self.pool.service.heard_at > check.since
-        refused = sum(each.poll is None for each in self.pool.busy) if reason is REFUSED else 0  # those will be, too
-        return reason is not UNREACHABLE and (self.pool.look() > refused or self.answered > 0)
+        return reason is not UNREACHABLE and (self.pool.look() > 0 or self.answered > 0)
 
     @property
     def answered(self) -> int:
@@ -1553,12 +1552,12 @@ class Pool:
         return self.room > 0 and (self.use is not CHECKED or self.service.state is DOWN)
 
     def look(self) -> int:
-        """Close the idle connections that have ended; return how many are open, and served."""
+        """Close the idle connections that have ended; return how many are open and connected."""
         for connection in [*self.held, *self.idle]:
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
-        ended = [each for each in self.busy if each.poll is not None and each.look(socket.MSG_PEEK) is ENDED]
-        return self.open - len(ended)
+        busy = [each for each in self.busy if each.poll is not None and each.look(socket.MSG_PEEK) is not ENDED]
+        return len(self.idle) + len(self.held) + len(busy)
 
     def admits(self, waited: float, now: float) -> bool:
         """Tell whether a request may wait for it which has waited for so many seconds.

@@ -470,13 +470,14 @@ def test_a_slow_server_is_not_checked_again_and_again() -> None:
         assert a.checks < 20
 
 
-def test_a_single_use_service_whose_host_is_gone_is_down_though_mail_still_connects() -> None:
+@pytest.mark.parametrize('reason', [hapolicy_gevent.UNREACHABLE, hapolicy_gevent.REFUSED, hapolicy_gevent.DROPPED])
+def test_a_single_use_service_that_is_gone_is_down_though_mail_still_connects(reason: str) -> None:
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.use = hapolicy_gevent.SINGLE_USE
     pool.busy[Connection(pool, now)] = None
     check = Connection(pool, now)
     pool.checker.running[check] = gevent.Greenlet(lambda: None)
-    pool.checker.failed(check, ServiceFailure(hapolicy_gevent.UNREACHABLE, 'no route to host'), now + 3)
+    pool.checker.failed(check, ServiceFailure(reason, 'gone'), now + 3)
     assert pool.service.state == 'down' and not pool.checker.full
 
 
