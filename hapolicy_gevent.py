@@ -1738,11 +1738,10 @@ class Waiter:
         self.pools: list[Pool] = []  # those that it waits for: none when it is done
         self.woken = gevent.event.Event()
 
-    def leave(self, *pools: Pool) -> None:
-        """Wait no more for some pools."""
-        for pool in pools:
-            pool.waiting.remove(self)
-            self.pools.remove(pool)
+    def leave(self) -> None:
+        """Wait no more."""
+        while self.pools:
+            self.pools.pop().waiting.remove(self)
 
 
 class Queue:
@@ -1780,7 +1779,7 @@ class Queue:
                 waiter.connection.pool.give_back(waiter.connection, unused=waiter.connection.poll is not None)
             raise
         finally:
-            waiter.leave(*waiter.pools)
+            waiter.leave()
         return waiter.connection
 
     def _join(self, waiter: Waiter, pools: Sequence[Pool], now: float) -> None:
@@ -1801,7 +1800,7 @@ class Queue:
             waiter.connection = pool.take(waiter.client, now)
             if waiter.connection is None:
                 return pool.checker.grow(now)
-            waiter.leave(*waiter.pools)
+            waiter.leave()
             waiter.woken.set()
 
     def hurry(self, now: float) -> None:
