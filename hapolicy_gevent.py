@@ -655,7 +655,8 @@ class Balancer:
             pools = sorted(Sticky.order(key, self._nodes), key=lambda pool: pool.service.prio)
         left = [pool for pool in pools if pool not in tried]
         there = [pool for pool in left if pool.admits(waited, now)]
-        there = there or [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
+        if not there and (self.up or any(pool.checker.restarts(now) for pool in pools)):
+            there = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
         answering = [pool for pool in there if waited >= STALLED_PATIENCE or not pool.stalled(now)] or there
         if waited >= (STICKY_PATIENCE if key else PATIENCE):
             return answering
@@ -1352,12 +1353,15 @@ class Checker:
             return not self.full and now - asked_first(self.running) <= patience
         return self.enabled and self.pool.room > 0 and not self._too_early(now)
 
+    def restarts(self, now: float) -> bool:
+        """Tell whether a service that is down went down so lately that it may only restart."""
+        return now - self.pool.service.since < 2 * BACKOFF_FIRST
+
     def _too_early(self, now: float) -> bool:
         """Tell whether it is too early for a check: one failed, and the service is down, or serves what is open."""
         seconds = BACKOFF_FIRST if self.pool.open else 0.0
         if self.pool.service.state is DOWN:
-            restarts = now - self.pool.service.since < 2 * BACKOFF_FIRST  # it would be up again within this time
-            pace = SOON if restarts else BACKOFF_FIRST
+            pace = SOON if self.restarts(now) else BACKOFF_FIRST
             costly = self.pool.service.blamed and not self.enabled  # mail, a timeout each time
             seconds = self.backoff * JITTER if self.pool.queue.balancer.up or costly else pace
         return now < self._failed_at + seconds
@@ -1452,8 +1456,8 @@ class Checker:
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
             self.reason = reason
-            if pool.queue.balancer.up:
-                self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
+            if pool.queue.balancer.up:  # a server that was stopped answers the check that waits when it goes on
+                self.backoff = BACKOFF_FIRST if reason is LATE else min(BACKOFF_MAX, 2 * self.backoff)
             pool.queue.balancer.update()
             for waiter in pool.waiting:  # until its check failed
                 waiter.woken.set()

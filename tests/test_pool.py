@@ -499,6 +499,33 @@ def test_mail_that_fails_has_a_service_checked_at_once_and_makes_no_backoff_long
         a.checker.backoff = backoff
 
 
+def test_a_stopped_server_beside_another_has_a_check_that_waits_for_it_to_go_on() -> None:
+    queue = Queue([parse_service('A=127.0.0.1:1:::2'), parse_service('B=127.0.0.1:1')], quiet_log())
+    a, _ = queue.balancer.pools
+    a.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    now = time.monotonic()
+    a.service.turn(hapolicy_gevent.DOWN, 'its check: timeout', now)
+    now += 2
+    for _ in range(20):
+        a.checker.grow(now)
+        (check,) = a.checker.running
+        check.since, now = now, now + 2
+        a.checker.failed(check, ServiceFailure(hapolicy_gevent.LATE, 'no answer within 2s'), now)
+
+
+def test_no_mail_waits_for_the_checks_of_a_service_that_hangs() -> None:
+    pool = pool_of('A=127.0.0.1:1')
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    balancer, now = pool.queue.balancer, time.monotonic()
+    pool.service.turn(hapolicy_gevent.DOWN, 'its check: timeout', now)
+    for seconds, waits in (0.2, True), (1.5, True), (3, False), (60, False):
+        pool.checker.stop()
+        pool.checker.grow(now + seconds)
+        assert pool.checker.running
+        assert balancer.candidates(None, (), 0, now + seconds + 0.1) == [pool] * waits, 'it may only restart'
+        assert balancer.candidates(None, (), 0, now + seconds + 0.6) == []
+
+
 def test_a_service_without_checks_stays_so_where_its_connections_end() -> None:
     pool = pool_of('A=127.0.0.1:1')
     pool.use = hapolicy_gevent.UNCHECKED
