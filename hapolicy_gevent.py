@@ -1601,7 +1601,7 @@ class Pool:
             elif self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now)):
                 connection = next(iter(self.held))
                 del self.held[connection]
-                short = now - connection.idle_since < HOLD and self.open < MAX_IDLE and not self.checker.running
+                short = now - connection.idle_since < HOLD and self.open + len(self.checker.running) < MAX_IDLE
             elif self.opens:
                 connection = Connection(self, now)
             else:
@@ -1654,21 +1654,21 @@ class Pool:
         self._release(connection, self.busy.pop(connection, self) is None and unused, time.monotonic())
 
     def _release(self, connection: Connection, keep: bool, now: float) -> None:
-        if not keep:
-            connection.close()
-        elif connection.holder is None:
+        if keep and connection.holder is not None:
+            self.held[connection] = None
+        elif keep and now < connection.expires:
             self.idle.append(connection)
         else:
-            self.held[connection] = None
+            connection.close()
         if self.waiting:
             self.queue.hand_over(self, now)
 
-    def let_go(self, connection: Connection, client: Client) -> None:
+    def let_go(self, connection: Connection, client: Client, now: float) -> None:
         """End the hold of a message on a connection: its client asks for another, or left."""
         if connection.holder is client:
             connection.holder = None
             if self.held.pop(connection, self) is None:
-                self.idle.append(connection)
+                self._release(connection, True, now)
 
     def drop(self, connection: Connection, said: str) -> None:
         """Close an idle connection that ended, or said what nobody asked for."""
@@ -1705,20 +1705,20 @@ class Pool:
     def prune(self, now: float) -> None:
         """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker.
 
-        So is the eldest, every two seconds, once a check has passed since the last.
+        So is the eldest, every two seconds, once a check has passed since the last. No message loses its connection:
+        what is in use is closed when it is released.
         """
         there = [*self.idle, *self.held, *self.busy]
         if now >= self.give_up_at and len(there) > (0 if self.waiting or self.checker.full else 1):
             self.give_up_at = math.inf
-            free = self.idle or [connection for connection in self.held if now - connection.idle_since >= HOLD]
-            min(free or there, key=lambda connection: connection.expires).expires = now
+            min(self.idle or there, key=lambda connection: connection.expires).expires = now
             if self.checker.full:
                 self.checker.stop()  # others are before us in the server's backlog from now on
-        for connection in there:
+        for connection in [*self.idle, *self.held]:
+            at_most = SPARE_IDLE if self.open > 1 or self.checker.full else UNHEARD
             if now >= connection.expires:
-                connection.spent = ENDED  # after its next answer
-            idle_at_most = SPARE_IDLE if self.open > 1 or self.checker.full else UNHEARD
-            if connection not in self.busy and (connection.spent or now - connection.idle_since >= idle_at_most):
+                at_most = HOLD if connection in self.held else 0.0
+            if now - connection.idle_since >= at_most:
                 self._close(connection)
 
     def report(self, text: str) -> None:
@@ -1979,7 +1979,7 @@ class Proxy:
             return self._give_default(client, NOT_POLICY, None, [])
         last = client.connection
         if last is not None and (instance != client.instance or not instance):
-            last.pool.let_go(last, client)
+            last.pool.let_go(last, client, now)
         client.instance = instance
         if self._balancer.sticky is not None:
             client.key = self._balancer.sticky.key(request)
@@ -1989,7 +1989,7 @@ class Proxy:
         while now < deadline:
             pool = self._balancer.choose(instance, tried, now, client.key)
             if client.key and last is not None and last.pool is not pool:
-                last.pool.let_go(last, client)
+                last.pool.let_go(last, client, now)
             connection = pool.take(client, now) if pool is not None else None
             if connection is None and (connection := self.queue.wait(client, pool, tried, deadline, now)) is None:
                 break
@@ -2096,7 +2096,7 @@ class Proxy:
         finally:
             self.clients.discard(client)
             if client.connection is not None:
-                client.connection.pool.let_go(client.connection, client)
+                client.connection.pool.let_go(client.connection, client, time.monotonic())
             client.close()
 
     def _refuse(self, fault: ClientFault, address: tuple[Any, ...] | str) -> None:

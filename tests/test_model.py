@@ -303,7 +303,7 @@ class Model(RuleBasedStateMachine):
         self.answered += 1
         client.answers.clear()
         if client.ended and client.connection is not None:
-            client.connection.pool.let_go(client.connection, client)
+            client.connection.pool.let_go(client.connection, client, self.clock.now)
             client.connection = None
         client.ended = False
         self.idle.append(client)

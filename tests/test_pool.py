@@ -526,6 +526,26 @@ def test_no_mail_waits_for_the_checks_of_a_service_that_hangs() -> None:
         assert balancer.candidates(None, (), 0, now + seconds + 0.6) == []
 
 
+@pytest.mark.parametrize('ends', ['lets go', 'says no more'])
+def test_a_connection_that_is_given_up_is_closed_when_its_message_ends(ends: str) -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    near, far = gevent.socket.socketpair()
+    with near, far:
+        client = hapolicy_gevent.Client(near)
+        eldest, other = Connection(pool, now - 1), Connection(pool, now)
+        eldest.holder = other.holder = client
+        pool.held = {eldest: None, other: None}
+        eldest.idle_since = now
+        pool.give_up_at = now
+        pool.prune(now)
+        assert [*pool.held] == [eldest, other], 'its message may ask more'
+        if ends == 'lets go':
+            pool.let_go(eldest, client, now)
+        else:
+            pool.prune(now + hapolicy_gevent.HOLD)
+        assert (pool.idle, [*pool.held]) == ([], [other])
+
+
 def test_a_service_without_checks_stays_so_where_its_connections_end() -> None:
     pool = pool_of('A=127.0.0.1:1')
     pool.use = hapolicy_gevent.UNCHECKED
