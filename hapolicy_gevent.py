@@ -462,17 +462,14 @@ class Service(Settings):
         """Note that a mail failed that was sent at `since`; alone: no other service is up; crowded: mail waits for it.
 
         A late answer says nothing if a mail that was sent meanwhile was answered, or could not be sent: strangers' slow
-        messages may hold every place. The last service that is up is never taken down by mail. A mail that could not
-        connect comes here under spawn(8) alone: else a check tells the same, or that only this one could not.
+        messages may hold every place. The last service that is up is never taken down by mail.
         """
         late = reason is LATE
         if self.state is DOWN or reason not in JUDGED or (late and (self.answered_at > since or (alone and crowded))):
             return
         self.in_a_row += 1
         self.late_in_a_row = self.late_in_a_row + 1 if late else 0
-        if reason in (REFUSED, UNREACHABLE):
-            self.turn(DOWN, reason, now)
-        elif not alone and (self.in_a_row >= self.fall or self.state is TRIAL):
+        if not alone and (self.in_a_row >= self.fall or self.state is TRIAL):
             self.blamed = True
             self.turn(DOWN, f'mail failed {self.in_a_row} times in a row, the last: {reason}', now)
         elif alone and self.state is UP and self.late_in_a_row >= self.fall:
@@ -1332,7 +1329,7 @@ class Checker:
     """
 
     def __init__(self, pool: Pool, enabled: bool) -> None:
-        self.pool, self.enabled = pool, enabled
+        self.pool, self.enabled = pool, enabled  # from a first failure on, if not before
         self.running: dict[Connection, Any] = {}  # each check and its greenlet
         #: Checks at once, or mails of single use: fewer while the service is full.
         self.at_once = float(pool.service.max)
@@ -1362,8 +1359,7 @@ class Checker:
         seconds = BACKOFF_FIRST if self.pool.open else 0.0
         if self.pool.service.state is DOWN:
             pace = SOON if self.restarts(now) else BACKOFF_FIRST
-            costly = self.pool.service.blamed and not self.enabled  # mail, a timeout each time
-            seconds = self.backoff * JITTER if self.pool.queue.balancer.up or costly else pace
+            seconds = self.backoff * JITTER if self.pool.queue.balancer.up else pace
         return now < self._failed_at + seconds
 
     def due(self, now: float) -> bool:
@@ -1380,12 +1376,7 @@ class Checker:
         One more, too, where they have been waiting for long, and requests wait, or no service is up.
         """
         pool, running = self.pool, len(self.running)
-        if self._too_early(now):
-            return
-        if not self.enabled:
-            if pool.service.state is DOWN:
-                self.backoff = min(BACKOFF_MAX, 2 * self.backoff)
-                pool.service.turn(TRIAL, 'mail may try it', now)
+        if not self.enabled or self._too_early(now):
             return
         # those that run may have met workers that hang
         stuck = running > 0 and now - self._began > UNANSWERED and (bool(pool.waiting) or not pool.queue.balancer.up)
@@ -1640,10 +1631,9 @@ class Pool:
         service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
         if self.busy.pop(connection, self) is None:  # and not from before it went down
             service.failed_at, alone = now, self.queue.balancer.up == (service.state is UP)
-            if not self.checker.enabled and failure.reason is LATE:
-                alone = False  # there is one client, and it would wait for the timeout each time
-            if not self.checker.enabled or failure.reason not in (REFUSED, UNREACHABLE):  # else a check is to tell
+            if failure.reason not in (REFUSED, UNREACHABLE):  # else a check tells the same, or it was this one alone
                 service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
+            self.checker.enabled = True  # under spawn(8), too
             self.checker.grow(now)
             if alone:
                 self.queue.hurry(now)
@@ -1686,7 +1676,7 @@ class Pool:
         """Close what is idle, and forget what is busy: the service went down."""
         self._close(*self.idle, *self.held)
         self.busy.clear()
-        self.use = CHECKED if self.checker.enabled else UNCHECKED
+        self.use = CHECKED
 
     def said_more(self, what: str, now: float) -> None:
         """Use each connection for one mail only, for a while: the server said more than an answer."""
@@ -1813,7 +1803,7 @@ class Queue:
         Once a second at most, as the backoff begins anew: a stranger may send mail that fails again and again.
         """
         for pool in self.pools.values():
-            if pool.service.state is DOWN and pool.checker.enabled:
+            if pool.service.state is DOWN:
                 pool.checker.backoff = BACKOFF_FIRST
                 pool.checker.grow(now)
 
@@ -1956,7 +1946,7 @@ class Proxy:
 
     def __init__(self, services: Sequence[Service], default: bytes, failed: bytes, deadline: float, log: Log,
                  checked: bool = True) -> None:  # fmt: skip
-        """Checked: as one process for many clients, which may ask each service its own question."""
+        """Checked: from the start, as there are many clients; else a service is checked once mail failed at it."""
         self.statistics = Statistics()
         self.queue = Queue(services, log, checked)
         self.pools, self._balancer = self.queue.pools, self.queue.balancer

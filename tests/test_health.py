@@ -14,7 +14,6 @@ from hapolicy_gevent import (
     DROPPED,
     INVALID,
     LATE,
-    REFUSED,
     TRIAL,
     UNREACHABLE,
     UP,
@@ -31,12 +30,6 @@ def service() -> Service:
 def fail(one: Service, reason: str, since: float = 0, alone: bool = False, crowded: bool = False) -> str:
     one.mail_failed(reason, since, alone, crowded, since + 1)
     return one.state
-
-
-@pytest.mark.parametrize('alone', [False, True])
-@pytest.mark.parametrize('reason', [REFUSED, UNREACHABLE])
-def test_a_service_that_cannot_be_connected_to_is_down_at_once(reason: str, alone: bool) -> None:
-    assert fail(service(), reason, alone=alone) is DOWN
 
 
 @pytest.mark.parametrize('reason', [LATE, INVALID, DROPPED])

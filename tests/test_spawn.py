@@ -303,6 +303,14 @@ def test_under_spawn_a_server_that_hangs_up_is_asked_by_each_mail_where_it_is_al
             assert spawned.ask(request(instance=new_instance())).endswith(b' A\n\n')
 
 
+def test_i9_under_spawn_mail_that_makes_a_server_hang_takes_no_verdict_from_other_mail() -> None:
+    with stubs(for_sender('tarpit', hang, echo)) as (a,), Spawned('-s', a.service + ':::0.3') as spawned:
+        for _ in range(6):
+            assert spawned.ask(request(sender='tarpit', instance=new_instance())) == b'action=dunno\n\n'
+            assert spawned.ask(request(sender='tarpit', instance=new_instance())) == b'action=dunno\n\n'
+            assert spawned.ask(request(instance=new_instance())).endswith(b' A\n\n')
+
+
 def test_under_spawn_sigterm_answers_what_is_in_flight() -> None:
     with stubs(slow(0.5)) as (a,), Spawned('-s', a.service) as spawned:
         spawned.socket.sendall(ONE % b'i')
