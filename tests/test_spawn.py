@@ -271,7 +271,7 @@ def test_under_spawn_a_server_that_fails_at_a_request_gets_it_the_action_of_fail
         assert spawned.ask(ONE % b'i') == b'action=451 later\n\n'
         assert len(a.requests) == 1
         a.stop()
-        assert spawned.ask(ONE % b'j') == b'action=dunno\n\n', 'it is down'
+        wait_until(lambda: spawned.ask(ONE % b'j') == b'action=dunno\n\n', 5, 'it is down')
 
 
 @pytest.mark.slow
