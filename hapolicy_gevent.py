@@ -1634,6 +1634,8 @@ class Pool:
             service.failed_at, alone = now, self.queue.balancer.up == (service.state is UP)
             if failure.reason not in (REFUSED, UNREACHABLE):  # else a check tells the same, or it was this one alone
                 service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
+            elif not self.checker.enabled:
+                service.turn(DOWN, failure.reason, now)  # this mail is to get the default action
             self.checker.enabled = True  # under spawn(8), too
             self.checker.grow(now)
             if alone:

@@ -303,6 +303,15 @@ def test_under_spawn_a_server_that_hangs_up_is_asked_by_each_mail_where_it_is_al
             assert spawned.ask(request(instance=new_instance())).endswith(b' A\n\n')
 
 
+def test_under_spawn_a_server_that_is_dead_is_not_up_for_the_first_mail() -> None:
+    with stubs(echo) as (a,):
+        a.stop()
+        with Spawned('-s', a.service, '-d', 'dunno', '--failed=451 later') as spawned:
+            assert [spawned.ask(ONE % b'i') for _ in range(3)] == [b'action=dunno\n\n'] * 3
+            a.start()
+            wait_until(lambda: spawned.ask(ONE % b'i') == b'action=DUNNO i A\n\n')
+
+
 def test_i9_under_spawn_mail_that_makes_a_server_hang_takes_no_verdict_from_other_mail() -> None:
     with stubs(for_sender('tarpit', hang, echo)) as (a,), Spawned('-s', a.service + ':::0.3') as spawned:
         for _ in range(6):
