@@ -1580,7 +1580,7 @@ class Pool:
         """Return a silent connection, busy from now on; None if there is none.
 
         The one that answered the client's message last, or the most recently used one that no message holds, or the
-        longest idle one, if it may be held by a message. Then the pool grows by one, and also where it has to rest.
+        longest idle one, if it may be held by a message. Then the pool grows by one.
         """
         while len(self.busy) < self.places:
             own, short = client.connection, False
@@ -1589,7 +1589,6 @@ class Pool:
                 del self.held[own]
             elif self.idle:
                 connection = self.idle.pop()
-                short = now - connection.silent_at > REST_AFTER and now - connection.idle_since < QUIET
             elif self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now)):
                 connection = next(iter(self.held))
                 del self.held[connection]
@@ -1650,8 +1649,7 @@ class Pool:
         if keep and connection.holder is not None:
             self.held[connection] = None
         elif keep and now < connection.expires:
-            rests = now - connection.silent_at > REST_AFTER  # while another is used
-            self.idle.insert(0 if rests else len(self.idle), connection)
+            self.idle.append(connection)
         else:
             connection.close()
         if self.waiting:

@@ -547,23 +547,6 @@ def test_a_connection_that_is_given_up_is_closed_when_its_message_ends(ends: str
         assert (pool.idle, [*pool.held]) == ([], [other])
 
 
-def test_a_connection_rests_while_another_is_used_and_the_pool_grows_where_there_is_none() -> None:
-    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
-    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
-    near, far = gevent.socket.socketpair()
-    with near, far:
-        client = hapolicy_gevent.Client(near)
-        tired, other = Connection(pool, now), Connection(pool, now)
-        tired.silent_at, other.silent_at = now - 2 * hapolicy_gevent.REST_AFTER, now - 0.1
-        pool.idle = [other]
-        pool.busy[tired] = None
-        tired.holder = client
-        pool.answered(tired, b'DUNNO', True, now)
-        pool.let_go(tired, client, now)
-        assert pool.take(client, now) is other and not pool.checker.running
-        assert pool.take(client, now) is tired and len(pool.checker.running) == 1
-
-
 def test_a_service_without_checks_stays_so_where_its_connections_end() -> None:
     pool = pool_of('A=127.0.0.1:1')
     pool.use = hapolicy_gevent.UNCHECKED
