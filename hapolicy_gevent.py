@@ -1387,8 +1387,8 @@ class Checker:
         if stuck:
             pool.connector.rotate()
             if running > 1 and (running >= number or not pool.room):  # not all, of a server that is slow
-                _, youngest = self.running.popitem()
-                youngest.kill(block=False)
+                *others, _ = self.running
+                self.stop(*others)  # the youngest
         for _ in range(min(number - len(self.running), pool.room)):
             self._began = now
             check = Connection(pool, now)
