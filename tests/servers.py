@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import select
 import socket
 import threading
 import time
@@ -110,18 +111,6 @@ class OneInTen(PolicyServerStub):
             super()._serve(peer)
 
 
-class ClosesIdle(PolicyServerStub):
-    """Closes a connection that was idle for so many seconds."""
-
-    def __init__(self, seconds: float, end: End = socket.socket.close) -> None:
-        self._seconds, self._end = seconds, end
-        super().__init__(echo)
-
-    def _serve(self, peer: Peer) -> None:
-        peer.sock.settimeout(self._seconds)
-        super()._serve(peer)
-
-
 def checked(mail: Behaviour, check: Behaviour = echo) -> Behaviour:
     """Behave differently at mail and at a check."""
     return lambda peer, message: (check if is_check(message) else mail)(peer, message)
@@ -139,6 +128,18 @@ def closes_after(answers: int, behaviour: Behaviour = echo,
     def behave(peer: Peer, message: bytes) -> None:
         behaviour(peer, message)
         if peer.requests % answers == 0:
+            end(peer.sock)
+            raise HangUp
+
+    return behave
+
+
+def closes_idle(seconds: float, end: End = socket.socket.close) -> Behaviour:
+    """Hang up where no request follows an answer for so many seconds."""
+
+    def behave(peer: Peer, message: bytes) -> None:
+        echo(peer, message)
+        if not select.select([peer.sock], [], [], seconds)[0]:
             end(peer.sock)
             raise HangUp
 

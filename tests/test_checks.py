@@ -17,7 +17,7 @@ import pytest
 
 import hapolicy_gevent
 from hapolicy_gevent import Connection, Log, Proxy, Queue, StreamSink, parse_service
-from tests.servers import ClosesIdle, End, OneInTen, checked, closes_after
+from tests.servers import End, OneInTen, checked, closes_after, closes_idle
 from tests.support import (
     SCALE,
     Behaviour,
@@ -123,7 +123,7 @@ def test_a_server_that_ends_connections_after_answers_costs_no_default(kind: str
     ('seconds', 'end'), [(0.01, reset), (0.06, socket.socket.close), (0.06, reset), (1, socket.socket.close)]
 )
 def test_a_server_that_closes_idle_connections_costs_no_default(seconds: float, end: End) -> None:
-    with ClosesIdle(seconds, end) as a, ProxyProcess('-s', a.service) as proxy:
+    with stubs(closes_idle(seconds, end)) as (a,), ProxyProcess('-s', a.service) as proxy:
 
         def work(_: int) -> set[str]:
             answers = set()
