@@ -2042,11 +2042,13 @@ class Proxy:
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Sequence[Pool]) -> Connection:
         """Return what is to carry a request to the same service, in place of a connection that ended.
 
-        A new one, on its place: the first answer on that is its own. If others are idle, or the service is full, the
-        next that comes free. Raises ServiceFailure.
+        A new one, on its place: the first answer on that is its own. If an idle one has given fewer answers, after
+        which the server may end each, that one; if the service is full, the next that comes free. Raises
+        ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
-        new = connection.used == 1 or pool.use is UNCHECKED or not pool.idle  # what is idle may end at its next request
+        pool.idle.sort(key=lambda each: each.used, reverse=True)  # the last is taken
+        new = pool.use is UNCHECKED or not pool.idle or pool.idle[-1].used >= connection.used
         if connection.used and not pool.checker.full and new:
             connection.reopen()
             return connection

@@ -98,6 +98,11 @@ def reset_late(sock: socket.socket) -> None:
     reset(sock)
 
 
+def close_late(sock: socket.socket) -> None:
+    time.sleep(0.1)  # the next request is on its way, and lost
+    sock.close()
+
+
 def without_empty_line(peer: Peer, message: bytes) -> None:
     peer.send(b'other=1\naction=DUNNO %s A\n' % attributes(message)['instance'].encode())
     raise HangUp
@@ -108,6 +113,7 @@ KINDS: dict[str, Behaviour] = {
     'after every 7th': closes_after(7),
     'after each answer by a reset': closes_after(1, end=reset_late),
     'after every 7th by a reset': closes_after(7, end=reset),
+    'after every 7th, late': closes_after(7, end=close_late),
     'in place of the empty line': without_empty_line,
 }
 

@@ -311,7 +311,7 @@ def test_a_request_that_is_sent_again_waits_long_for_a_full_server_only_where_no
             assert (waited < 6) is others
 
 
-def test_a_request_is_sent_again_on_a_connection_that_is_there() -> None:
+def test_a_request_is_sent_again_on_a_connection_that_is_there_and_less_used() -> None:
     def behave(peer: Peer, message: bytes) -> None:
         if attributes(message)['sender'] == 'hung up on':
             delivered.append(peer)
@@ -323,6 +323,7 @@ def test_a_request_is_sent_again_on_a_connection_that_is_there() -> None:
     delivered: list[Peer] = []
     with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
         ask_all(proxy, 3, 1)
+        client.ask_own()  # one of three is more used than the others
         peers = [*a.peers]
         client.ask(request(sender='hung up on', instance=new_instance()))
         first, second = delivered
