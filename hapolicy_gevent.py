@@ -1128,7 +1128,7 @@ class Connection(Wire):
     def begin(self, now: float) -> None:
         """Begin, or begin anew."""
         self.since = self.idle_since = now  # when its last request was sent, and when it was answered
-        self.expires = now + MAX_AGE
+        self.expires = now + self.pool.queue.max_age
         self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
         self.used = 0  # how many answers it gave, that to its check included
         self.spent = ''  # why it is not to be used again: ENDED, or SURPLUS
@@ -1745,6 +1745,9 @@ class Queue:
 
     def __init__(self, services: Sequence[Service], log: Log, checked: bool = True) -> None:
         self.log = log
+        #: Seconds that a connection is used at most. Under spawn(8) other processes may wait for the server's few
+        #: children, and no check tells.
+        self.max_age = MAX_AGE if checked else GIVE_UP
         self.pools = {service: Pool(service, self, checked) for service in services}
         self.balancer = Balancer(self.pools.values())
         for service in services:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import for_sender
+from tests.servers import Prefork, for_sender
 from tests.support import (
     MODULE,
     ONE,
@@ -28,6 +28,7 @@ from tests.support import (
     free_port,
     hang,
     hang_up,
+    in_threads,
     new_instance,
     request,
     run,
@@ -263,6 +264,23 @@ def test_under_spawn_no_check_is_made_and_its_one_connection_is_kept() -> None:
             assert spawned.ask(ONE % b'%d' % i) == b'action=DUNNO %d A\n\n' % i
         time.sleep(0.2)
         assert (a.accepted, a.checks, len(a.requests)) == (1, 0, 5)
+
+
+@pytest.mark.slow
+def test_under_spawn_processes_share_a_server_with_fewer_children() -> None:
+    with Prefork(2) as a, contextlib.ExitStack() as stack:
+        every = [stack.enter_context(Spawned('-s', a.service)) for _ in range(5)]
+        end = time.monotonic() + 12
+
+        def work(number: int) -> set[str]:
+            names = set()
+            while time.monotonic() < end:
+                names.add(every[number].ask(request(instance=new_instance())).decode().split()[-1])
+                time.sleep(0.05)
+            return names
+
+        assert set().union(*in_threads(5, work)) == {'A'}, 'its timeout is 30 s'
+        assert time.monotonic() < end + 10 * SCALE
 
 
 @pytest.mark.parametrize('behaviour', [hang_up, answer(b'action=550\n\n')])
