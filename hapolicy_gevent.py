@@ -126,9 +126,9 @@ SPARE_IDLE = 2.0
 ONCE = 60.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
 MAX_AGE = 1000.0
-#: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
-#: children. Where checks take long, ten times of that.
-GIVE_UP = 1.5
+#: Seconds between two connections that are given up, and between checks while mail is answered, which tell whether a
+#: further connection is served: another proxy, or a Postfix, may wait for one of the server's few children.
+GIVE_UP = 2.0
 #: Seconds that the lookup of a service's name may take, before a new connection takes the address of last time.
 LOOKUP = 1.0
 
@@ -1337,7 +1337,6 @@ class Checker:
         self.heard_more = False  # the last check had more than its answer: perhaps it speaks before it is asked
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
-        self._fastest = math.inf  # seconds that a check took at least, since the service was down last
         self._began = self._failed_at = -math.inf  # the last check, and the last that failed (monotonic seconds)
 
     def spawn(self, check: Connection) -> Any:
@@ -1367,6 +1366,7 @@ class Checker:
         pool, service, ago = self.pool, self.pool.service, now - self._began
         return (service.failed_at > self._began  # mail did, and the check is to tell why
                 or (ago > BACKOFF_FIRST and pool.use is CHECKED and not pool.open)
+                or (ago > GIVE_UP and pool.use is CHECKED and service.answered_at > self._began)
                 or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
                 or (ago > service.stall and pool.stalled(now)))  # fmt: skip
 
@@ -1417,7 +1417,6 @@ class Checker:
             return
         pool = self.pool
         self._failed_at, self.backoff, self.reason, self.heard_more = -math.inf, BACKOFF_FIRST, '', said is SURPLUS
-        self._fastest = min(self._fastest, now - check.since)
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until
@@ -1429,7 +1428,7 @@ class Checker:
             self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
         self.full = self.full if self.at_once < pool.service.max else 0
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
-        pool.give_up_at = min(pool.give_up_at, now + max(GIVE_UP, 10 * self._fastest))
+        pool.give_up_at = min(pool.give_up_at, now + GIVE_UP)
         pool.service.check_passed(now)
         if not single:
             pool.use = CHECKED
@@ -1476,7 +1475,7 @@ class Checker:
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
         self.stop()
-        self.at_once, self.full, self._failed_at, self._fastest = float(self.pool.service.max), 0, now, math.inf
+        self.at_once, self.full, self._failed_at = float(self.pool.service.max), 0, now
 
     def lower(self) -> None:
         """Allow fewer at once, as one more was not served: mails, where the service is single use, else checks."""
@@ -1500,8 +1499,7 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        slow = max(UNANSWERED, 2 * self._fastest)  # the first answer of a connection may take its time
-        hung = not self.answered and self.pool.service.newest - began > slow  # else it stops the elder ones
+        hung = not self.answered and self.pool.service.newest - began > UNANSWERED  # else it stops the elder ones
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
             self.stop(next(iter(self.running)))
@@ -1591,6 +1589,9 @@ class Pool:
                 connection = self.idle.pop()
             elif self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now)):
                 connection = next(iter(self.held))
+                if now >= connection.expires:
+                    self._close(connection)
+                    continue
                 del self.held[connection]
                 short = now - connection.idle_since < HOLD and self.open + len(self.checker.running) < MAX_IDLE
             elif self.opens:
