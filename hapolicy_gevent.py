@@ -701,9 +701,15 @@ def verdict(action: bytes) -> str:
 
 
 #: Upper bounds of a histogram in seconds, 0.1 ms to 100 s, ten for each power of ten (R10 of ISO 3), so 1-2-5 are
-#: among them. A last count holds what took longer.
+#: among them.
 STEPS = (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)
 BOUNDS = (*(step * 10.0**power for power in range(-4, 2) for step in STEPS), 100.0)
+
+
+def within(seconds: Iterable[float]) -> list[int]:
+    """Return how many of these times are within each of BOUNDS, and how many there are."""
+    ordered = sorted(seconds)  # a search for each bound costs less than one for each time
+    return [*(bisect_right(ordered, bound) for bound in BOUNDS), len(ordered)]
 
 
 class Tally:
@@ -713,43 +719,40 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._counts = [0] * (len(BOUNDS) + 1)
-        self._verdicts = dict.fromkeys(VERDICTS, 0)
-        self._sum = 0.0
+        self._answered, self.failed = within([]), within([])  # queries with and without an answer, within each bound
+        #: As of the last read(): answers by verdict, and the seconds of all.
+        self.verdicts = dict.fromkeys(VERDICTS, 0)
+        self.sum = 0.0
         #: How long an answer took, and what it was: to be appended. One list of pairs would have the garbage collector
         #: look at each.
         self.seconds: list[float] = []
         self.actions: list[bytes] = []
-        self.failed = [0] * (len(BOUNDS) + 1)  # queries without an answer, by bound
         self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
 
     def fail(self, seconds: float, why: str, now: float) -> None:
         """Count a query that failed after so many seconds."""
-        self.failed[bisect_left(BOUNDS, seconds)] += 1
+        for i in range(bisect_left(BOUNDS, seconds), len(self.failed)):
+            self.failed[i] += 1
         self.last_failure = now, why
 
-    def read(self) -> tuple[list[int], dict[str, int], float]:
-        """Return answers by bound, answers by verdict, and the seconds of all."""
-        self.seconds.sort()  # a search for each bound costs less than one for each answer
-        within = [bisect_right(self.seconds, bound) for bound in (*BOUNDS, math.inf)]
-        self._counts = [*map(add, self._counts, map(sub, within, [0, *within]))]
+    def read(self) -> list[int]:
+        """Return how many answers came within each bound."""
+        self._answered = [*map(add, self._answered, within(self.seconds))]
         for word, number in Counter([action.partition(b' ')[0] for action in self.actions]).items():
-            self._verdicts[verdict(word)] += number
-        self._sum += sum(self.seconds)
+            self.verdicts[verdict(word)] += number
+        self.sum += sum(self.seconds)
         self.seconds.clear()
         self.actions.clear()
-        return self._counts, self._verdicts, self._sum
+        return self._answered
 
 
-def quantiles(counts: Sequence[int], pool: Pool, now: float) -> dict[str, float | None]:
+def quantiles(counts: Iterable[int], pool: Pool, now: float) -> dict[str, float | None]:
     """Return p50, p95 and p99: bounds in seconds that so many of 100 queries keep to, the last for more, too; or None.
 
-    Of queries that were answered or failed, by bound, and of those in flight, with the seconds they took so far.
+    Of queries that were answered or failed, within each bound, and of those in flight, with the seconds they took.
     """
-    counted, bounds = [*counts], (*BOUNDS, BOUNDS[-1])
-    for query in pool.busy:
-        counted[bisect_left(BOUNDS, now - query.since)] += 1
-    seen = [*itertools.accumulate(counted)]
+    seen = [*map(add, counts, within(now - query.since for query in pool.busy))]
+    bounds = (*BOUNDS, BOUNDS[-1])
     return {f'p{part}': bounds[bisect_left(seen, part / 100 * seen[-1])] if seen[-1] else None for part in (50, 95, 99)}
 
 
@@ -767,7 +770,7 @@ class Statistics:
 
 
 #: What was counted. Under None: monotonic seconds, requests, answers, default actions. Of each service: answers,
-#: failures, and both by bound of its Tally.
+#: failures, and how many of both were within each bound.
 Counts: TypeAlias = 'dict[Service | None, list[Any]]'
 
 
@@ -776,7 +779,7 @@ def sample(proxy: Proxy) -> Counts:
     counted = proxy.statistics
     counts: Counts = {None: [time.monotonic(), counted.requests, counted.answers, sum(counted.defaults.values())]}
     for service in proxy.pools:
-        counts[service] = [service.answers, service.failed, *map(add, service.tally.read()[0], service.tally.failed)]
+        counts[service] = [service.answers, service.failed, *map(add, service.tally.read(), service.tally.failed)]
     return counts
 
 
@@ -2325,7 +2328,7 @@ class Status:
                                                          'queries', 'answers', 'failed', 'failures')},
             'address': str(service.address), 'text': text, 'since': unix(service.since), 'use': pool.use,
             'up': service.state is not DOWN and pool.admits(0, now),  # or on trial, and a mail may try it
-            'stalled': stalled, 'silent': round(silent, 3), 'verdicts': service.tally.read()[1],
+            'stalled': stalled, 'silent': round(silent, 3), 'verdicts': service.tally.verdicts,
             'full': pool.checker.full or None, 'last_failure': f'{ago(failure[0])}: {failure[1]}' if failure else None,
             'in_flight': len(pool.busy), 'idle_connections': len(pool.idle) + len(pool.held),
             'waiting': len(pool.waiting), 'checks': len(pool.checker.running),
@@ -2375,7 +2378,7 @@ class Status:
             yield family
         seconds = core.HistogramMetricFamily('hapolicy_query_seconds', 'time to each answer', labels=['service'])
         for service in self._proxy.pools:
-            seconds.add_metric([service.name], buckets(service.tally), service.tally.read()[2])
+            seconds.add_metric([service.name], buckets(service.tally), service.tally.sum)
         yield seconds
 
 
@@ -2405,9 +2408,8 @@ def ago(then: float) -> str:
 
 
 def buckets(tally: Tally) -> list[tuple[str, int]]:
-    """Return a histogram as Prometheus has it: cumulative, here with 1-2-5 bounds."""
-    bounds = [*(f'{bound:g}' for bound in BOUNDS), '+Inf']
-    counted = zip(bounds, itertools.accumulate(tally.read()[0]), strict=True)
+    """Return a histogram as Prometheus has it: here with 1-2-5 bounds."""
+    counted = zip([*(f'{bound:g}' for bound in BOUNDS), '+Inf'], tally.read(), strict=True)
     return [(bound, count) for bound, count in counted if bound.strip('0.') in ('1', '2', '5', '+Inf')]
 
 
