@@ -827,11 +827,9 @@ LOGGED = [b'\n%b=' % name for name in b'client_name client_address helo_name sen
 def request_line(decision: Decision, request: bytes, delay: float) -> str:
     """Return the log line of a request (-l): the ancestor's fields, then ours. Without a blank no value is a field."""
     action, service, tries, why = decision
-    if service is None:
-        head = '[-] (-), prio: -, weight: -, queries: -, answers: -, failed: -'
-    else:
-        head = (f'{service}, prio: {service.prio}, weight: {service.weight}, '
-                f'queries: {service.queries}, answers: {service.answers}, failed: {service.failed}')  # fmt: skip
+    asked = (('[-] (-)', *'-----') if service is None else
+             (service, service.prio, service.weight, service.queries, service.answers, service.failed))  # fmt: skip
+    head = '%s, prio: %s, weight: %s, queries: %s, answers: %s, failed: %s' % asked
     text = b'\n' + request.replace(b'\r\n', b'\n').replace(b' ', rb'\x20')
     *values, instance = [text.partition(name)[2].partition(b'\n')[0] for name in LOGGED]
     tail = b"client: %b[%b], helo: <%b>, from: <%b>, to: <%b>, action: '%b', instance: %b" % (*values, action, instance)
