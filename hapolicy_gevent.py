@@ -2277,11 +2277,6 @@ class Status:
             while not end_of_message(head) and (data := sock.recv(STATUS_HEAD - len(head))):
                 head += data
             sock.sendall(self._respond(head[: end_of_message(head)]))
-            sock.shutdown(socket.SHUT_WR)
-            # what is unread at the end would reset the connection, and our answer with it
-            with gevent.Timeout(0.3, TimeoutError()):
-                while sock.recv(RECEIVE):
-                    gevent.sleep(0.02)
 
     def _respond(self, request: bytes) -> bytes:
         """Return the answer to the head of a request (RFC 9112)."""
