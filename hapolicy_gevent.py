@@ -2364,10 +2364,9 @@ class Status:
         for kind, name, field, labels in METRICS:
             family = getattr(core, f'{kind}MetricFamily')(f'hapolicy_{name}', f'{field} in /status.json', labels=labels)
             for row in data['services'] if 'service' in labels else [data]:
-                who = [row['name']] if 'service' in labels else []
                 values = row[field] if isinstance(row[field], dict) else {'': row[field]}
                 for label, value in values.items():
-                    family.add_metric([*who, label][: len(labels)], value or 0)
+                    family.add_metric([*filter(None, (row.get('name'), label))], value or 0)
             yield family
         seconds = core.HistogramMetricFamily('hapolicy_query_seconds', 'time to each answer', labels=['service'])
         for service in self._proxy.pools:
