@@ -841,59 +841,19 @@ def level_mark(level: int) -> str:
     return f'<{level}>' if 'JOURNAL_STREAM' in os.environ else ''
 
 
-class StreamSink(NamedTuple):
-    """Writes log lines to a descriptor: stdout for -L, or stderr where there is no syslog."""
+class Log:
+    """A bounded queue of lines and the greenlet that writes them: logging never delays an answer.
 
-    fd: int
-
-    def write(self, lines: list[Line]) -> list[Line]:
-        """Write lines; return those that are lost."""
-        heads = {level: f'{level_mark(level)}[LOG {name}]: ' for level, name in LEVELS.items()}
-        data = ''.join([f'{heads[level]}{text}\n' for level, text in lines]).encode('utf-8', 'backslashreplace')
-        with contextlib.suppress(OSError):
-            while data:  # in a thread, as its reader may stop reading
-                data = data[gevent.get_hub().threadpool.apply(os.write, (self.fd, data)) :]
-            return []
-        return lines
-
-
-class SyslogSink:
-    """Writes log lines to /dev/log as syslog(3) does: facility mail, ident name[pid]."""
+    They go to syslog as syslog(3) sends them: facility mail, ident[pid]. What is not taken there goes to a descriptor.
+    """
 
     PATH = '/dev/log'
 
-    def __init__(self, name: str = 'hapolicy') -> None:
-        self._name = name
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-
-    def _send(self, line: bytes) -> bool:
-        for kind in None, socket.SOCK_DGRAM, socket.SOCK_STREAM:  # the daemon may be a new one, or have the other kind
-            try:
-                if kind:
-                    self._socket = connect(socket.AF_UNIX, self.PATH, 1, kind)
-                    self._socket.settimeout(1)
-                self._socket.sendall(line + b'\0' if self._socket.type == socket.SOCK_STREAM else line)
-                return True
-            except TimeoutError:  # a daemon that hangs: one line a second is given up
-                return False
-            except OSError:
-                continue
-        return False
-
-    def write(self, lines: list[Line]) -> list[Line]:
-        """Send lines; return those that are lost."""
-        head = f'>{time.strftime("%b %e %H:%M:%S")} {self._name}[{os.getpid()}]: '
-        return [(level, text) for level, text in lines
-                if not self._send(f'<{2 << 3 | level}{head}{text}'.encode('utf-8', 'backslashreplace'))]  # fmt: skip
-
-
-class Log:
-    """A bounded queue of lines and the greenlet that writes them: logging never delays an answer."""
-
-    def __init__(self, *sinks: StreamSink | SyslogSink, requests: bool = False, verbose: bool = False) -> None:
+    def __init__(self, ident: str = '', fd: int = -1, requests: bool = False, verbose: bool = False) -> None:
         self.requests, self.verbose = requests or verbose, verbose
         self.lost = 0
-        self._sinks = sinks  # each gets what the one before it could not write
+        self._ident, self._fd = ident, fd  # '' and -1: nothing goes there
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._lines: list[Line] = []
         self._more = gevent.event.Event()
         gevent.spawn(self._write)
@@ -911,14 +871,45 @@ class Log:
         while self._more.wait():
             lines, self._lines = self._lines, []
             with contextlib.suppress(Exception):  # of a thread that cannot be had, say: the log goes on
-                for sink in self._sinks:
-                    lines = sink.write(lines)
+                if self._ident:
+                    lines = self.to_syslog(lines)
+                if self._fd >= 0:
+                    lines = self._to_descriptor(lines)
             self.lost += len(lines)
             if not lines and self.lost > reported:
                 self._lines.append((WARNING, f'{self.lost - reported} log lines were lost'))
                 reported = self.lost
             if not self._lines:
                 self._more.clear()
+
+    def to_syslog(self, lines: list[Line]) -> list[Line]:
+        """Send lines; return those that are not taken."""
+        head = f'>{time.strftime("%b %e %H:%M:%S")} {self._ident}[{os.getpid()}]: '
+        return [(level, text) for level, text in lines
+                if not self._send(f'<{2 << 3 | level}{head}{text}'.encode('utf-8', 'backslashreplace'))]  # fmt: skip
+
+    def _send(self, line: bytes) -> bool:
+        for kind in None, socket.SOCK_DGRAM, socket.SOCK_STREAM:  # the daemon may be a new one, or have the other kind
+            try:
+                if kind:
+                    self._socket = connect(socket.AF_UNIX, self.PATH, 1, kind)
+                    self._socket.settimeout(1)
+                self._socket.sendall(line + b'\0' if self._socket.type == socket.SOCK_STREAM else line)
+                return True
+            except TimeoutError:  # a daemon that hangs: one line a second is given up
+                return False
+            except OSError:
+                continue
+        return False
+
+    def _to_descriptor(self, lines: list[Line]) -> list[Line]:
+        heads = {level: f'{level_mark(level)}[LOG {name}]: ' for level, name in LEVELS.items()}
+        data = ''.join([f'{heads[level]}{text}\n' for level, text in lines]).encode('utf-8', 'backslashreplace')
+        with contextlib.suppress(OSError):
+            while data:  # in a thread, as its reader may stop reading
+                data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
+            return []
+        return lines
 
     def close(self) -> None:
         """Write what is queued, for a second at most."""
@@ -2511,19 +2502,17 @@ def is_client(fd: int) -> bool:
 def complain(text: str) -> None:
     """Report what ends the start: one line on stderr, or in syslog where stderr is the client."""
     if is_client(2):
-        SyslogSink().write([(WARNING, printable(text))])
+        Log('hapolicy').to_syslog([(WARNING, printable(text))])
     else:
         os.write(2, f'{level_mark(ERROR)}hapolicy: {printable(text)}\n'.encode())
 
 
 def make_log(options: SimpleNamespace, server: bool) -> Log:
     """Return the log as asked for; stdout and stderr are not used where they are the client."""
-    sinks: list[StreamSink | SyslogSink] = [SyslogSink(options.name)]
+    ident, fd = options.name, 2 if server or os.isatty(2) else -1
     if options.stdout and (server or not is_client(1)):
-        sinks = [StreamSink(1)]
-    elif server or os.isatty(2):
-        sinks.append(StreamSink(2))
-    return Log(*sinks, requests=options.logging > 0, verbose=options.verbose > 0)
+        ident, fd = '', 1
+    return Log(ident, fd, requests=options.logging > 0, verbose=options.verbose > 0)
 
 
 def report_error(log: Log, context: object, kind: Any, value: Any, trace: Any) -> None:

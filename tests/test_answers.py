@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import socket
 import threading
 import time
@@ -12,7 +11,7 @@ import time
 import gevent
 import pytest
 
-from hapolicy_gevent import Connection, Ended, Log, Pool, Queue, StreamSink, parse_service
+from hapolicy_gevent import Connection, Ended, Log, Pool, Queue, parse_service
 from tests.servers import checked, twice
 from tests.support import (
     SCALE,
@@ -199,7 +198,7 @@ def test_i10_a_server_that_always_sends_an_empty_line_too_many_is_used_as_any(la
 
 def pool_of(service: str) -> Pool:
     """Return the pool of a service, without a proxy that keeps it."""
-    (pool,) = Queue([parse_service(service)], Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))).pools.values()
+    (pool,) = Queue([parse_service(service)], Log()).pools.values()
     return pool
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import time
 from collections import Counter
@@ -22,7 +21,6 @@ from hapolicy_gevent import (
     Pool,
     Queue,
     Service,
-    StreamSink,
 )
 from tests.servers import checked
 from tests.support import Peer, ProxyProcess, attributes, echo, in_threads, new_instance, request, stubs
@@ -30,7 +28,7 @@ from tests.support import Peer, ProxyProcess, attributes, echo, in_threads, new_
 
 def balancing(*services: Service) -> tuple[Balancer, list[Pool]]:
     """Return the balancer of services, each with idle connections enough, and their pools."""
-    queue = Queue(services, Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+    queue = Queue(services, Log())
     pools = list(queue.pools.values())
     for pool in pools:
         pool.checker.spawn = lambda check: None  # type: ignore[method-assign]

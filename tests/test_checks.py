@@ -16,7 +16,7 @@ import gevent
 import pytest
 
 import hapolicy_gevent
-from hapolicy_gevent import Connection, Log, Proxy, Queue, StreamSink, parse_service
+from hapolicy_gevent import Connection, Log, Proxy, Queue, parse_service
 from tests.servers import End, OneInTen, checked, closes_after, closes_idle
 from tests.support import (
     SCALE,
@@ -205,7 +205,7 @@ def test_a_check_that_a_fault_of_ours_ends_takes_no_service_down(
 
     monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
     path = tmp_path / 'log'
-    log = Log(StreamSink(os.open(path, os.O_WRONLY | os.O_CREAT)))
+    log = Log(fd=os.open(path, os.O_WRONLY | os.O_CREAT))
     (pool,) = Proxy([parse_service('A=127.0.0.1:1')], b'dunno', b'dunno', 90, log).pools.values()
     told = ' cannot be checked: Too many open files\n'
     wait_until(lambda: gevent.sleep(0.01) or told in path.read_text())  # type: ignore[func-returns-value]
@@ -214,8 +214,7 @@ def test_a_check_that_a_fault_of_ours_ends_takes_no_service_down(
 
 def test_connections_that_have_ended_a_moment_ago_are_not_counted_as_open() -> None:
     with stubs(echo) as (a,):
-        log = Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))
-        (pool,) = Queue([parse_service(a.service)], log).pools.values()
+        (pool,) = Queue([parse_service(a.service)], Log()).pools.values()
         connection = Connection(pool, time.monotonic())
         assert connection.ask(request(instance='one'), time.monotonic()) == b'DUNNO one A'
         pool.idle.append(connection)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import threading
 import time
@@ -13,7 +12,7 @@ import gevent
 import gevent.socket
 import pytest
 
-from hapolicy_gevent import RESET, Client, ClientFault, Connection, Log, Queue, StreamSink, parse_service
+from hapolicy_gevent import RESET, Client, ClientFault, Connection, Log, Queue, parse_service
 from tests.servers import End, FewAtATime, Prefork, closes_after
 from tests.support import (
     SCALE,
@@ -221,7 +220,7 @@ def test_a_waiter_that_leaves_does_not_take_a_place_with_it() -> None:
 
 
 def test_a_client_that_leaves_in_the_moment_when_a_place_is_free_gives_it_back() -> None:
-    queue = Queue([parse_service('A=127.0.0.1:1')], Log(StreamSink(os.open(os.devnull, os.O_WRONLY))))
+    queue = Queue([parse_service('A=127.0.0.1:1')], Log())
     (pool,) = queue.pools.values()
     pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
     near, far = gevent.socket.socketpair()

@@ -20,8 +20,6 @@ from hapolicy_gevent import (
     Log,
     Service,
     Statistics,
-    StreamSink,
-    SyslogSink,
     parse_service,
     printable,
     report_error,
@@ -120,25 +118,25 @@ def daemon(path: str, kind: int = socket.SOCK_DGRAM) -> Iterator[socket.socket]:
                 os.unlink(path)
 
 
-@pytest.mark.parametrize('names', [(), ('spf-1',)])
+@pytest.mark.parametrize('ident', ['hapolicy', 'spf-1'])
 def test_syslog_gets_facility_mail_and_our_ident(
-    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ident: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
+    monkeypatch.setattr(Log, 'PATH', str(tmp_path / 'log'))
     with daemon(str(tmp_path / 'log')) as log:
-        assert SyslogSink(*names).write([(4, 'caf\u00e9')]) == []
+        assert Log(ident).to_syslog([(4, 'caf\u00e9')]) == []
         line = log.recv(1000).decode()
         stamp = r'[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d'
-        assert re.match(rf'<20>{stamp} {"".join(names) or "hapolicy"}\[{os.getpid()}\]: caf\u00e9$', line), line
+        assert re.match(rf'<20>{stamp} {ident}\[{os.getpid()}\]: caf\u00e9$', line), line
 
 
 def test_a_syslog_daemon_may_read_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As syslog(3) does: a NUL ends each line."""
-    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
-    sink = SyslogSink()
+    monkeypatch.setattr(Log, 'PATH', str(tmp_path / 'log'))
+    ours = Log('hapolicy')
     for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_STREAM):  # it may be replaced, too
         with daemon(str(tmp_path / 'log'), kind) as log:
-            assert sink.write([(4, 'one'), (6, 'two')]) == []
+            assert ours.to_syslog([(4, 'one'), (6, 'two')]) == []
             if kind == socket.SOCK_STREAM:
                 with log.accept()[0] as stream:
                     lines = stream.recv(1000).split(b'\0')
@@ -149,27 +147,27 @@ def test_a_syslog_daemon_may_read_a_stream(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_stream_that_nobody_reads_costs_a_second_for_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
+    monkeypatch.setattr(Log, 'PATH', str(tmp_path / 'log'))
     with daemon(str(tmp_path / 'log'), socket.SOCK_STREAM):
-        sink, lines = SyslogSink(), [(6, 'x' * 8000)] * 100
+        ours, lines = Log('hapolicy'), [(6, 'x' * 8000)] * 100
         started = time.monotonic()
-        while not sink.write(lines[:1]):
+        while not ours.to_syslog(lines[:1]):
             assert time.monotonic() - started < 30 * SCALE
         assert time.monotonic() - started < 10 * SCALE
 
 
 def test_a_syslog_daemon_that_restarts_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SyslogSink, 'PATH', str(tmp_path / 'log'))
-    sink = SyslogSink()
+    monkeypatch.setattr(Log, 'PATH', str(tmp_path / 'log'))
+    ours = Log('hapolicy')
     with daemon(str(tmp_path / 'log')) as log:
-        assert sink.write([(6, 'one')]) == []
+        assert ours.to_syslog([(6, 'one')]) == []
         assert log.recv(1000).endswith(b'one')
-    assert sink.write([(6, 'lost'), (6, 'too')]) == [(6, 'lost'), (6, 'too')]
+    assert ours.to_syslog([(6, 'lost'), (6, 'too')]) == [(6, 'lost'), (6, 'too')]
     with daemon(str(tmp_path / 'log')) as log:
-        wait_until(lambda: sink.write([(6, 'two')]) == [], 5)
+        wait_until(lambda: ours.to_syslog([(6, 'two')]) == [], 5)
         assert log.recv(1000).endswith(b'two')
     with daemon(str(tmp_path / 'log')) as log:  # restarted between two lines: nothing is lost
-        assert sink.write([(6, 'three')]) == []
+        assert ours.to_syslog([(6, 'three')]) == []
         assert log.recv(1000).endswith(b'three')
 
 
@@ -336,7 +334,7 @@ def test_i6_a_hung_or_missing_reader_of_the_log_delays_nobody() -> None:
 
 def test_lines_that_are_lost_are_counted_and_reported_when_lines_can_be_written_again(tmp_path: Path) -> None:
     fd = os.open('/dev/full', os.O_WRONLY)
-    log = Log(StreamSink(fd))
+    log = Log(fd=fd)
     for text in ('one', 'two'):
         log(6, text)
     wait_until(lambda: gevent.sleep(0.01) or log.lost == 2)  # type: ignore[func-returns-value]

@@ -42,7 +42,6 @@ from hapolicy_gevent import (
     Queue,
     ServiceFailure,
     Sticky,
-    StreamSink,
     Waiter,
     parse_service,
     parse_sticky,
@@ -205,8 +204,7 @@ class Model(RuleBasedStateMachine):
                     for name, (prio, weight, maximum) in zip('ABC', sizes, strict=False)]  # fmt: skip
         hapolicy_gevent.Queue, queue = ModelQueue, Queue  # type: ignore[misc]
         try:
-            log = Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))
-            self.proxy = Proxy(services, b'default', b'failed', DEADLINE, log)
+            self.proxy = Proxy(services, b'default', b'failed', DEADLINE, Log())
         finally:
             hapolicy_gevent.Queue = queue  # type: ignore[misc]
         self.queue = self.proxy.queue

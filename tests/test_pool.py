@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import socket
 import threading
@@ -25,7 +24,6 @@ from hapolicy_gevent import (
     Proxy,
     Queue,
     ServiceFailure,
-    StreamSink,
     parse_service,
 )
 from tests.servers import FewAtATime, RefusesBeyond, closes_after, for_sender
@@ -51,13 +49,9 @@ from tests.support import (
 )
 
 
-def quiet_log() -> Log:
-    return Log(StreamSink(os.open(os.devnull, os.O_WRONLY)))
-
-
 def pool_of(service: str) -> Pool:
     """Return the pool of a service, without a proxy that keeps it."""
-    (pool,) = Queue([parse_service(service)], quiet_log()).pools.values()
+    (pool,) = Queue([parse_service(service)], Log()).pools.values()
     return pool
 
 
@@ -231,7 +225,7 @@ def test_a_fault_of_ours_in_what_is_done_each_second_costs_one_time(monkeypatch:
         raise KeyError('of ours')
 
     monkeypatch.setattr(Pool, 'prune', prune)
-    Proxy([parse_service('A=127.0.0.1:1')], b'dunno', b'dunno', 90.0, quiet_log())
+    Proxy([parse_service('A=127.0.0.1:1')], b'dunno', b'dunno', 90.0, Log())
     gevent.sleep(2.5)
     assert len(times) >= 2
 
@@ -277,7 +271,7 @@ def test_the_next_address_of_a_name_is_taken_where_the_first_fails_its_check(
         monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: [
             (socket.AF_INET, 0, 0, '', (host, 1)) for host in ('127.0.0.2', '127.0.0.1')
         ])  # fmt: skip
-        (pool,) = Proxy([parse_service('N=x:1:::2')], b'dunno', b'dunno', 90, quiet_log()).pools.values()
+        (pool,) = Proxy([parse_service('N=x:1:::2')], b'dunno', b'dunno', 90, Log()).pools.values()
         give_up = time.monotonic() + 20 * SCALE
         while not pool.idle and time.monotonic() < give_up:
             gevent.sleep(0.05)
@@ -484,7 +478,7 @@ def test_a_single_use_service_that_is_gone_is_down_though_mail_still_connects(re
 
 
 def test_mail_that_fails_has_a_service_checked_at_once_and_makes_no_backoff_longer() -> None:
-    queue = Queue([parse_service('A=127.0.0.1:1'), parse_service('B=127.0.0.1:1')], quiet_log())
+    queue = Queue([parse_service('A=127.0.0.1:1'), parse_service('B=127.0.0.1:1')], Log())
     a, b = queue.balancer.pools
     a.checker.spawn = b.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
     now = time.monotonic()
@@ -502,7 +496,7 @@ def test_mail_that_fails_has_a_service_checked_at_once_and_makes_no_backoff_long
 
 
 def test_a_stopped_server_beside_another_has_a_check_that_waits_for_it_to_go_on() -> None:
-    queue = Queue([parse_service('A=127.0.0.1:1:::2'), parse_service('B=127.0.0.1:1')], quiet_log())
+    queue = Queue([parse_service('A=127.0.0.1:1:::2'), parse_service('B=127.0.0.1:1')], Log())
     a, _ = queue.balancer.pools
     a.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
     now = time.monotonic()

@@ -203,7 +203,7 @@ def test_i5_under_spawn_no_warning_of_python_reaches_the_client(tmp_path: Path) 
 
 
 #: Runs the program with syslog at the path of its first argument.
-WITH_SYSLOG_AT = ('-c', 'import sys, hapolicy_gevent as h; h.SyslogSink.PATH = sys.argv.pop(1); sys.exit(h.main())')
+WITH_SYSLOG_AT = ('-c', 'import sys, hapolicy_gevent as h; h.Log.PATH = sys.argv.pop(1); sys.exit(h.main())')
 
 
 @pytest.mark.parametrize('kind', [socket.SOCK_DGRAM, socket.SOCK_STREAM])
