@@ -679,6 +679,8 @@ NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY = 'no service is up', 'all servi
 
 ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6
 LEVELS = {ERROR: 'error', WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
+#: How a line on stderr begins, to be formatted with its level: systemd reads it (sd-daemon(3)).
+MARK = '<{}>' if 'JOURNAL_STREAM' in os.environ else ''
 #: Seconds without an answer, while there is mail in flight, that log and status speak of.
 SILENT = 1.0
 #: Severity and text of a line for the log.
@@ -836,11 +838,6 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
     return f'{head}, delay: {delay:.3f}s, {printable(tail)}, tries: {tries}, why: {why}'
 
 
-def level_mark(level: int) -> str:
-    """Return how a line on stderr tells systemd its level (sd-daemon(3))."""
-    return f'<{level}>' if 'JOURNAL_STREAM' in os.environ else ''
-
-
 class Log:
     """A bounded queue of lines and the greenlet that writes them: logging never delays an answer.
 
@@ -903,8 +900,8 @@ class Log:
         return False
 
     def _to_descriptor(self, lines: list[Line]) -> list[Line]:
-        heads = {level: f'{level_mark(level)}[LOG {name}]: ' for level, name in LEVELS.items()}
-        data = ''.join([f'{heads[level]}{text}\n' for level, text in lines]).encode('utf-8', 'backslashreplace')
+        texts = [f'{MARK.format(level)}[LOG {LEVELS[level]}]: {text}\n' for level, text in lines]
+        data = ''.join(texts).encode('utf-8', 'backslashreplace')
         with contextlib.suppress(OSError):
             while data:  # in a thread, as its reader may stop reading
                 data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
@@ -2272,16 +2269,15 @@ class Status:
     def _respond(self, request: bytes) -> bytes:
         """Return the answer to the head of a request (RFC 9112)."""
         asked = re.match(HTTP_REQUEST, request)
-        method, path = asked.groups() if asked else (b'', b'')
         code, kind, body = '404 Not Found', 'text/plain', b'there are /, /status.json, /metrics and /health\n'
-        if not method:
+        if asked is None:
             code, body = '400 Bad Request', b'not understood\n'
-        elif method not in (b'GET', b'HEAD'):
+        elif asked[1] not in (b'GET', b'HEAD'):
             code, body = '405 Method Not Allowed', b'only GET and HEAD are answered\n'
-        elif path in self._pages:
-            code, kind, body = self._built(self._pages[path], int(time.monotonic() * 4))
+        elif asked[2] in self._pages:
+            code, kind, body = self._built(self._pages[asked[2]], int(time.monotonic() * 4))
         head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
-        return f'{head}{self._headers}\r\n'.encode() + (b'' if method == b'HEAD' else body)
+        return f'{head}{self._headers}\r\n'.encode() + (b'' if request.startswith(b'HEAD ') else body)
 
     # -- status.json
 
@@ -2504,7 +2500,7 @@ def complain(text: str) -> None:
     if is_client(2):
         Log('hapolicy').to_syslog([(WARNING, printable(text))])
     else:
-        os.write(2, f'{level_mark(ERROR)}hapolicy: {printable(text)}\n'.encode())
+        os.write(2, f'{MARK.format(ERROR)}hapolicy: {printable(text)}\n'.encode())
 
 
 def make_log(options: SimpleNamespace, server: bool) -> Log:
