@@ -169,9 +169,9 @@ class Postfix:
 
     @property
     def complaints(self) -> list[str]:
-        """Warnings and worse of its log, but for those that header_checks was told to give, of the clock, and of reloads.
+        """Warnings and worse of its log, but for those of header_checks, of the clock, and of reloads.
 
-        A reload ends trivial-rewrite while a cleanup may be asking it.
+        header_checks was told to give some. A reload ends trivial-rewrite while a cleanup may be asking it.
         """
         lines = re.findall(r'.*: (?:warning|error|fatal|panic): .*', self.log)
         expected = r'warning: (header X-|file system clock|resetting file time|problem talking to service rewrite: )'
