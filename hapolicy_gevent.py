@@ -1691,7 +1691,7 @@ class Pool:
         what is in use is closed when it is released.
         """
         there = [*self.idle, *self.held, *self.busy]
-        if now >= self.give_up_at and len(there) > (0 if self.waiting or self.checker.full else 1):
+        if now >= self.give_up_at and len(there) > (0 if self.waiting or self.checker.full or self.room <= 0 else 1):
             self.give_up_at = math.inf
             min(self.idle or there, key=lambda connection: connection.expires).expires = now
             if self.checker.full:
