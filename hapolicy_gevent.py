@@ -318,6 +318,7 @@ FAILURES = (*JUDGED, DEADLINE, DESCRIPTORS, INTERNAL)
 
 UP, TRIAL, DOWN = 'up', 'trial', 'down'
 
+
 class Address(NamedTuple):
     """Where to connect or listen: a unix socket's path (port 0), or a host and a port."""
 
