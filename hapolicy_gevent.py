@@ -1453,8 +1453,9 @@ class Checker:
 
     def _serves(self, check: Connection, reason: str) -> bool:
         """Tell whether the service serves others though a check failed."""
-        if reason is LATE:
-            return self.pool.service.heard_at > check.since
+        answers = self.pool.service.heard_at > check.since
+        if reason is LATE or (answers and self.pool.use is SINGLE_USE):  # what it has answered is closed by now
+            return answers
         return reason is not UNREACHABLE and (self.pool.look() > 0 or self.answered > 0)
 
     @property

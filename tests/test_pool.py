@@ -466,6 +466,18 @@ def test_a_slow_server_is_not_checked_again_and_again() -> None:
         assert a.checks < 20
 
 
+@pytest.mark.parametrize('reason', [hapolicy_gevent.REFUSED, hapolicy_gevent.DROPPED])
+def test_a_single_use_service_is_not_down_where_none_of_its_connections_is_open_at_that_moment(reason: str) -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.use = hapolicy_gevent.SINGLE_USE
+    check, mail = Connection(pool, now), Connection(pool, now)
+    pool.checker.running[check] = gevent.Greenlet(lambda: None)
+    pool.busy[mail] = None
+    pool.answered(mail, b'DUNNO', True, now + 0.01)
+    pool.checker.failed(check, ServiceFailure(reason, 'full'), now + 0.02)
+    assert pool.service.state == 'up' and pool.checker.full
+
+
 @pytest.mark.parametrize('reason', [hapolicy_gevent.UNREACHABLE, hapolicy_gevent.REFUSED, hapolicy_gevent.DROPPED])
 def test_a_single_use_service_that_is_gone_is_down_though_mail_still_connects(reason: str) -> None:
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
