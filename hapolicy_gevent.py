@@ -126,9 +126,9 @@ SPARE_IDLE = 2.0
 ONCE = 60.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
 MAX_AGE = 1000.0
-#: Seconds between two connections that are given up, and between checks while mail is answered, which tell whether a
-#: further connection is served: another proxy, or a Postfix, may wait for one of the server's few children.
-GIVE_UP = 2.0
+#: Seconds between two connections that are given up, at least and at most: another proxy, or a Postfix, may wait for
+#: one of the server's few children. Ten times what a check takes; that may have been a wait for a child, too.
+GIVE_UP, GIVE_UP_MAX = 1.5, 5.0
 #: Seconds that the lookup of a service's name may take, before a new connection takes the address of last time.
 LOOKUP = 1.0
 
@@ -1327,6 +1327,7 @@ class Checker:
         self.heard_more = False  # the last check had more than its answer: perhaps it speaks before it is asked
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
+        self._fastest = math.inf  # seconds that a check took at least, since the service was down last
         self._began = self._failed_at = -math.inf  # the last check, and the last that failed (monotonic seconds)
 
     def spawn(self, check: Connection) -> Any:
@@ -1356,7 +1357,6 @@ class Checker:
         pool, service, ago = self.pool, self.pool.service, now - self._began
         return (service.failed_at > self._began  # mail did, and the check is to tell why
                 or (ago > BACKOFF_FIRST and pool.use is CHECKED and not pool.open)
-                or (ago > GIVE_UP and pool.use is CHECKED and service.answered_at > self._began)
                 or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
                 or (ago > service.stall and pool.stalled(now)))  # fmt: skip
 
@@ -1369,7 +1369,8 @@ class Checker:
         if not self.enabled or self._too_early(now):
             return
         # those that run may have met workers that hang
-        stuck = running > 0 and now - self._began > UNANSWERED and (bool(pool.waiting) or not pool.queue.balancer.up)
+        stuck = (running > 0 and now - self._began > UNANSWERED and not self.full
+                 and (bool(pool.waiting) or not pool.queue.balancer.up))  # fmt: skip
         down = pool.service.state is DOWN
         asked = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
         one_more = more or stuck or down or self.due(now)
@@ -1407,6 +1408,7 @@ class Checker:
             return
         pool = self.pool
         self._failed_at, self.backoff, self.reason, self.heard_more = -math.inf, BACKOFF_FIRST, '', said is SURPLUS
+        self._fastest = min(self._fastest, now - check.since)
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until
@@ -1418,7 +1420,7 @@ class Checker:
             self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
         self.full = self.full if self.at_once < pool.service.max else 0
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
-        pool.give_up_at = min(pool.give_up_at, now + GIVE_UP)
+        pool.give_up_at = min(pool.give_up_at, now + min(max(GIVE_UP, 10 * self._fastest), GIVE_UP_MAX))
         pool.service.check_passed(now)
         if not single:
             pool.use = CHECKED
@@ -1466,7 +1468,7 @@ class Checker:
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
         self.stop()
-        self.at_once, self.full, self._failed_at = float(self.pool.service.max), 0, now
+        self.at_once, self.full, self._failed_at, self._fastest = float(self.pool.service.max), 0, now, math.inf
 
     def lower(self) -> None:
         """Allow fewer at once, as one more was not served: mails, where the service is single use, else checks."""
@@ -1490,7 +1492,8 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        hung = not self.answered and self.pool.service.newest - began > UNANSWERED  # else it stops the elder ones
+        slow = max(UNANSWERED, 2 * self._fastest)  # the first answer of a connection may take its time
+        hung = not self.answered and self.pool.service.newest - began > slow  # else it stops the elder ones
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
             self.stop(next(iter(self.running)))
@@ -1580,7 +1583,7 @@ class Pool:
                 connection = self.idle.pop()
             elif self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now)):
                 connection = next(iter(self.held))
-                if now >= connection.expires:
+                if now >= connection.expires:  # given up: handed on and on it would never be closed
                     self._close(connection)
                     continue
                 del self.held[connection]
@@ -1689,8 +1692,8 @@ class Pool:
     def prune(self, now: float) -> None:
         """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker.
 
-        So is the eldest, every two seconds, once a check has passed since the last. No message loses its connection:
-        what is in use is closed when it is released.
+        So is the longest open one, of the idle ones if there are any, once a check has passed since the last. What a
+        message holds is closed when it ends, or pauses.
         """
         there = [*self.idle, *self.held, *self.busy]
         if now >= self.give_up_at and len(there) > (0 if self.waiting or self.checker.full or self.room <= 0 else 1):
@@ -1701,7 +1704,7 @@ class Pool:
         for connection in [*self.idle, *self.held]:
             at_most = SPARE_IDLE if self.open > 1 or self.checker.full else UNHEARD
             if now >= connection.expires:
-                at_most = HOLD if connection in self.held else 0.0
+                at_most = SPARE_IDLE if connection in self.held else 0.0
             if now - connection.idle_since >= at_most:
                 self._close(connection)
 
@@ -1738,7 +1741,7 @@ class Queue:
     def __init__(self, services: Sequence[Service], log: Log, checked: bool = True) -> None:
         self.log = log
         #: Seconds that a connection is used at most. Under spawn(8) other processes may wait for the server's few
-        #: children, and no check tells.
+        #: children, and each has no other connection to give up.
         self.max_age = MAX_AGE if checked else GIVE_UP
         self.pools = {service: Pool(service, self, checked) for service in services}
         self.balancer = Balancer(self.pools.values())
