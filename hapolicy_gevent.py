@@ -1455,10 +1455,12 @@ class Checker:
 
     def _serves(self, check: Connection, reason: str) -> bool:
         """Tell whether the service serves others though a check failed."""
-        answers = self.pool.service.heard_at > check.since
-        if reason is LATE or (answers and self.pool.use is SINGLE_USE):  # what it has answered is closed by now
-            return answers
-        return reason is not UNREACHABLE and (self.pool.look() > 0 or self.answered > 0)
+        heard = self.pool.service.heard_at - check.since
+        if reason in (LATE, UNREACHABLE):
+            return reason is LATE and heard > 0
+        # what was used once is closed by now, and a full server may free its place a moment later
+        lately = self.pool.use is SINGLE_USE and heard > (-GIVE_UP if self.full else 0)
+        return lately or self.pool.look() > 0 or self.answered > 0
 
     @property
     def answered(self) -> int:

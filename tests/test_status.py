@@ -578,10 +578,11 @@ def test_an_endless_upload_is_cut_off_and_holds_up_no_mail() -> None:
     with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy, proxy.client() as client:
         assert client.ask_own() == 'A'
         threads = [threading.Thread(target=upload) for _ in range(3)]
-        started, delays = time.monotonic(), []
+        delays: list[float] = []
+        started = time.monotonic()
         for thread in threads:
             thread.start()
-        while len(ended) < 3 and time.monotonic() < started + 20:
+        while not delays or (len(ended) < 3 and time.monotonic() < started + 20):
             before = time.monotonic()
             assert client.ask_own() == 'A'
             delays.append(time.monotonic() - before)
