@@ -124,7 +124,7 @@ HOLD, MAX_IDLE = 1.0, 20
 SPARE_IDLE = 2.0
 #: Seconds for which each connection is used once, after a server said more than an answer.
 ONCE = 60.0
-#: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl.
+#: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl. Under spawn(8) GIVE_UP.
 MAX_AGE = 1000.0
 #: Seconds between two connections that are given up, at least and at most: another proxy, or a Postfix, may wait for
 #: one of the server's few children. Ten times what a check takes; that may have been a wait for a child, too.
@@ -830,7 +830,7 @@ LOGGED = [b'\n%b=' % name for name in b'client_name client_address helo_name sen
 def request_line(decision: Decision, request: bytes, delay: float) -> str:
     """Return the log line of a request (-l): the ancestor's fields, then ours. Without a blank no value is a field."""
     action, service, tries, why = decision
-    asked = (('[-] (-)', *'-----') if service is None else
+    asked = (('[-] (-)', '-', '-', '-', '-', '-') if service is None else
              (service, service.prio, service.weight, service.queries, service.answers, service.failed))  # fmt: skip
     head = '%s, prio: %s, weight: %s, queries: %s, answers: %s, failed: %s' % asked
     text = b'\n' + request.replace(b'\r\n', b'\n').replace(b' ', rb'\x20')
@@ -1368,9 +1368,9 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        # those that run may have met workers that hang
-        stuck = (running > 0 and now - self._began > UNANSWERED and not self.full
-                 and (bool(pool.waiting) or not pool.queue.balancer.up))  # fmt: skip
+        # those that run may have met workers that hang; a full server answers each one, also those that we have left
+        late = running > 0 and now - self._began > UNANSWERED
+        stuck = late and not self.full and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
         asked = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
         one_more = more or stuck or down or self.due(now)
@@ -1445,7 +1445,7 @@ class Checker:
                 waiter.woken.set()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # as ever: mail is the judge
-        elif self._serves(check, reason):
+        elif reason is not UNREACHABLE and self._serves(check, reason):
             self.found_full(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
         elif (reason is LATE  # else those that began with it are to tell
@@ -1456,8 +1456,8 @@ class Checker:
     def _serves(self, check: Connection, reason: str) -> bool:
         """Tell whether the service serves others though a check failed."""
         heard = self.pool.service.heard_at - check.since
-        if reason in (LATE, UNREACHABLE):
-            return reason is LATE and heard > 0
+        if reason is LATE:
+            return heard > 0
         # what was used once is closed by now, and a full server may free its place a moment later
         lately = self.pool.use is SINGLE_USE and heard > (-GIVE_UP if self.full else 0)
         return lately or self.pool.look() > 0 or self.answered > 0
@@ -1515,7 +1515,7 @@ class Pool:
         self.use = CHECKED if checked else UNCHECKED
         self.places = service.max  # mails at once
         self.waiting: list[Waiter] = []  # requests that wait for a connection of it, first come first
-        self.idle: list[Connection] = []  # the most recently used last
+        self.idle: list[Connection] = []  # the most recently used last; behind a retry the least used
         self.held: dict[Connection, None] = {}  # the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
         self.give_up_at = math.inf  # when a connection is given up: not before a check passed since the last
@@ -1698,16 +1698,16 @@ class Pool:
         message holds is closed when it ends, or pauses.
         """
         there = [*self.idle, *self.held, *self.busy]
-        if now >= self.give_up_at and len(there) > (0 if self.waiting or self.checker.full or self.room <= 0 else 1):
+        keep = not (self.waiting or self.checker.full or self.room <= 0)  # without room no check can find it full
+        if now >= self.give_up_at and len(there) > keep:
             self.give_up_at = math.inf
             min(self.idle or there, key=lambda connection: connection.expires).expires = now
             if self.checker.full:
                 self.checker.stop()  # others are before us in the server's backlog from now on
         for connection in [*self.idle, *self.held]:
-            at_most = SPARE_IDLE if self.open > 1 or self.checker.full else UNHEARD
-            if now >= connection.expires:
-                at_most = SPARE_IDLE if connection in self.held else 0.0
-            if now - connection.idle_since >= at_most:
+            expired = now >= connection.expires
+            at_most = SPARE_IDLE if expired or self.open > 1 or self.checker.full else UNHEARD
+            if now - connection.idle_since >= at_most or (expired and connection not in self.held):
                 self._close(connection)
 
     def report(self, text: str) -> None:
@@ -2042,14 +2042,13 @@ class Proxy:
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Sequence[Pool]) -> Connection:
         """Return what is to carry a request to the same service, in place of a connection that ended.
 
-        A new one, on its place: the first answer on that is its own. If an idle one has given fewer answers, after
-        which the server may end each, that one; if the service is full, the next that comes free. Raises
-        ServiceFailure.
+        A new one, on its place: the first answer on that is its own. If an idle one has given fewer answers, that one,
+        as the server may end each after so many; if the service is full, what comes free. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
         pool.idle.sort(key=lambda each: each.used, reverse=True)  # the last is taken
-        new = pool.use is UNCHECKED or not pool.idle or pool.idle[-1].used >= connection.used
-        if connection.used and not pool.checker.full and new:
+        less_used = pool.use is not UNCHECKED and bool(pool.idle) and pool.idle[-1].used < connection.used
+        if connection.used and not pool.checker.full and not less_used:
             connection.reopen()
             return connection
         pool.busy.pop(connection, None)
@@ -2276,15 +2275,16 @@ class Status:
     def _respond(self, request: bytes) -> bytes:
         """Return the answer to the head of a request (RFC 9112)."""
         asked = re.match(HTTP_REQUEST, request)
+        method, path = asked.groups() if asked else (b'', b'')
         code, kind, body = '404 Not Found', 'text/plain', b'there are /, /status.json, /metrics and /health\n'
-        if asked is None:
+        if not method:
             code, body = '400 Bad Request', b'not understood\n'
-        elif asked[1] not in (b'GET', b'HEAD'):
+        elif method not in (b'GET', b'HEAD'):
             code, body = '405 Method Not Allowed', b'only GET and HEAD are answered\n'
-        elif asked[2] in self._pages:
-            code, kind, body = self._built(self._pages[asked[2]], int(time.monotonic() * 4))
+        elif path in self._pages:
+            code, kind, body = self._built(self._pages[path], int(time.monotonic() * 4))
         head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
-        return f'{head}{self._headers}\r\n'.encode() + (b'' if request.startswith(b'HEAD ') else body)
+        return f'{head}{self._headers}\r\n'.encode() + (b'' if method == b'HEAD' else body)
 
     # -- status.json
 

@@ -172,7 +172,7 @@ def test_what_waits_and_what_is_silent_stand_on_the_page(browser: Browser) -> No
             client.send(request())
             browser.open(proxy.url)
             browser.sees('1 requests are in flight, the oldest for ')
-            wait_until(lambda: '\nwithout an answer since ' in browser.row(0), 10, 'its silence')
+            wait_until(lambda: re.search('(up|stalled)\nwithout an answer since ', browser.row(0)), 10, 'its silence')
             wait_until(lambda: 'stalled\nwithout an answer since ' in browser.row(0), 10, 'its stall')
             assert time.monotonic() - started < 10 * SCALE
             assert '1 / 100' in browser.row(0) and browser.driver.title == 'warning - hapolicy'

@@ -60,6 +60,15 @@ def test_the_same_prefork_server_behind_two_proxies_answers_both(children: int, 
         assert max(first.held()[-1], second.held()[-1]) < 6 * SCALE
 
 
+def test_a_server_of_one_connection_that_nobody_else_uses_loses_no_verdict_by_giving_it_up() -> None:
+    with Prefork(1, slow(0.005)) as a, ProxyProcess('-s', a.service + '::::1') as proxy, proxy.client() as client:
+        end, held = time.monotonic() + 6, 0.0
+        while time.monotonic() < end:
+            held = max(held, seconds_of(lambda: client.ask_own() == 'A' or pytest.fail('a default')))
+        assert held < SCALE and 'is down' not in proxy.log
+        assert a.accepted > 1, 'it was given up'
+
+
 def test_a_prefork_server_that_postfix_asks_directly_too_answers_both() -> None:
     with Prefork(5, slow(0.005)) as a, ProxyProcess('-s', a.service) as proxy:
         with (SmtpdLoad(proxy.port, 8, 0.01, second_try=False, request_limit=5) as ours,

@@ -481,7 +481,7 @@ def test_a_single_use_service_is_not_down_where_none_of_its_connections_is_open_
     assert pool.service.state == 'up' and pool.checker.full
     for seconds, state in (0.1, 'up'), (2 * hapolicy_gevent.GIVE_UP, 'down'):
         check = Connection(pool, now + seconds)
-        pool.checker.running[check] = gevent.Greenlet(lambda: None)
+        pool.checker.running = {check: gevent.Greenlet(lambda: None)}  # and no other is to tell
         pool.checker.failed(check, ServiceFailure(reason, 'full, or gone'), now + seconds)
         assert pool.service.state == state
 
@@ -560,6 +560,18 @@ def test_a_connection_that_is_given_up_is_closed_when_its_message_ends(ends: str
         else:
             pool.prune(now + hapolicy_gevent.SPARE_IDLE)
         assert (pool.idle, [*pool.held]) == ([], [other])
+
+
+@pytest.mark.parametrize('full', [0, 1])
+def test_another_check_is_made_beside_one_that_waits_long_unless_the_service_is_full(full: int) -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    pool.checker.full = full
+    pool.busy[Connection(pool, now)] = None
+    wait_in_line(pool)
+    pool.checker.grow(now)
+    pool.checker.grow(now + 1.1 * hapolicy_gevent.UNANSWERED)
+    assert len(pool.checker.running) == (1 if full else 2)
 
 
 def test_a_service_without_checks_stays_so_where_its_connections_end() -> None:
