@@ -126,9 +126,9 @@ SPARE_IDLE = 2.0
 ONCE = 60.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl. Under spawn(8) GIVE_UP.
 MAX_AGE = 1000.0
-#: Seconds between two connections that are given up, at least and at most: another proxy, or a Postfix, may wait for
-#: one of the server's few children. Ten times what a check takes; that may have been a wait for a child, too.
-GIVE_UP, GIVE_UP_MAX = 1.5, 5.0
+#: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
+#: children. Where checks take long, ten times of that.
+GIVE_UP = 1.5
 #: Seconds that the lookup of a service's name may take, before a new connection takes the address of last time.
 LOOKUP = 1.0
 
@@ -726,6 +726,7 @@ class Tally:
         #: As of the last read(): answers by verdict, and the seconds of all.
         self.verdicts = dict.fromkeys(VERDICTS, 0)
         self.sum = 0.0
+        self.least = math.inf  # and the seconds of the fastest
         #: How long an answer took, and what it was: to be appended. One list of pairs would have the garbage collector
         #: look at each.
         self.seconds: list[float] = []
@@ -744,6 +745,7 @@ class Tally:
         for word, number in Counter([action.partition(b' ')[0] for action in self.actions]).items():
             self.verdicts[verdict(word)] += number
         self.sum += sum(self.seconds)
+        self.least = min([self.least, *self.seconds])
         self.seconds.clear()
         self.actions.clear()
         return self._answered
@@ -1327,7 +1329,7 @@ class Checker:
         self.heard_more = False  # the last check had more than its answer: perhaps it speaks before it is asked
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
-        self._fastest = math.inf  # seconds that a check took at least, since the service was down last
+        self.fastest = math.inf  # seconds that a check took at least, since the service was down last
         self._began = self._failed_at = -math.inf  # the last check, and the last that failed (monotonic seconds)
 
     def spawn(self, check: Connection) -> Any:
@@ -1408,7 +1410,7 @@ class Checker:
             return
         pool = self.pool
         self._failed_at, self.backoff, self.reason, self.heard_more = -math.inf, BACKOFF_FIRST, '', said is SURPLUS
-        self._fastest = min(self._fastest, now - check.since)
+        self.fastest = min(self.fastest, now - check.since)
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until
@@ -1420,7 +1422,7 @@ class Checker:
             self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
         self.full = self.full if self.at_once < pool.service.max else 0
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
-        pool.give_up_at = min(pool.give_up_at, now + min(max(GIVE_UP, 10 * self._fastest), GIVE_UP_MAX))
+        pool.passed_at = min(pool.passed_at, now)
         pool.service.check_passed(now)
         if not single:
             pool.use = CHECKED
@@ -1470,7 +1472,7 @@ class Checker:
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
         self.stop()
-        self.at_once, self.full, self._failed_at, self._fastest = float(self.pool.service.max), 0, now, math.inf
+        self.at_once, self.full, self._failed_at, self.fastest = float(self.pool.service.max), 0, now, math.inf
 
     def lower(self) -> None:
         """Allow fewer at once, as one more was not served: mails, where the service is single use, else checks."""
@@ -1494,7 +1496,7 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        slow = max(UNANSWERED, 2 * self._fastest)  # the first answer of a connection may take its time
+        slow = max(UNANSWERED, 2 * self.fastest)  # the first answer of a connection may take its time
         hung = not self.answered and self.pool.service.newest - began > slow  # else it stops the elder ones
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
@@ -1518,7 +1520,7 @@ class Pool:
         self.idle: list[Connection] = []  # the most recently used last; behind a retry the least used
         self.held: dict[Connection, None] = {}  # the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
-        self.give_up_at = math.inf  # when a connection is given up: not before a check passed since the last
+        self.passed_at = math.inf  # when a check passed first since a connection was given up
         self.once_until = 0.0  # until when each connection carries one mail, as the server said more than an answer
         self.connector = Connector(service.address, min(CONNECT_TIMEOUT, service.timeout), self.report)
         self.checker = Checker(self, checked)
@@ -1698,9 +1700,11 @@ class Pool:
         message holds is closed when it ends, or pauses.
         """
         there = [*self.idle, *self.held, *self.busy]
+        # a check may have waited for a child: no mail did
+        pace = max(GIVE_UP, 10 * min(self.checker.fastest, self.service.tally.least))
         keep = not (self.waiting or self.checker.full or self.room <= 0)  # without room no check can find it full
-        if now >= self.give_up_at and len(there) > keep:
-            self.give_up_at = math.inf
+        if now - self.passed_at >= pace and len(there) > keep:
+            self.passed_at = math.inf
             min(self.idle or there, key=lambda connection: connection.expires).expires = now
             if self.checker.full:
                 self.checker.stop()  # others are before us in the server's backlog from now on

@@ -552,7 +552,7 @@ def test_a_connection_that_is_given_up_is_closed_when_its_message_ends(ends: str
         eldest.holder = other.holder = client
         pool.held = {eldest: None, other: None}
         eldest.idle_since, other.idle_since = now, now + 1
-        pool.give_up_at = now
+        pool.checker.fastest, pool.passed_at = 0.06, now - hapolicy_gevent.GIVE_UP
         pool.prune(now)
         assert [*pool.held] == [eldest, other], 'its message may ask more'
         if ends == 'lets go':
@@ -560,6 +560,21 @@ def test_a_connection_that_is_given_up_is_closed_when_its_message_ends(ends: str
         else:
             pool.prune(now + hapolicy_gevent.SPARE_IDLE)
         assert (pool.idle, [*pool.held]) == ([], [other])
+
+
+@pytest.mark.parametrize(('check', 'mail', 'pace'), [(0.06, 0.005, 1.5), (3.0, 3.0, 30), (26.0, 0.005, 1.5)])
+def test_connections_are_given_up_the_less_often_the_longer_a_check_takes_but_for_its_wait(
+    check: float, mail: float, pace: float,
+) -> None:  # fmt: skip
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.fastest, pool.passed_at = check, now
+    pool.service.tally.seconds.append(mail)
+    pool.service.tally.read()
+    connections = [Connection(pool, now), Connection(pool, now + 1)]
+    pool.busy = dict.fromkeys(connections)
+    for seconds, given_up in (0.9 * pace, []), (1.1 * pace, connections[:1]):
+        pool.prune(now + seconds)
+        assert [each for each in connections if each.expires <= now + seconds] == given_up
 
 
 @pytest.mark.parametrize('full', [0, 1])
