@@ -1188,12 +1188,15 @@ class Connection(Wire):
             raise (Ended if self.used else ServiceFailure)(DROPPED, 'it hung up without an answer')
         return self._take_in(b'', closed=True) or b''
 
-    def _see_silence(self, now: float) -> None:
-        """See that nothing came since its last answer. Raises Ended.
+    def needs_rest(self, now: float) -> bool:
+        """Tell whether it was in use for a second and never silent: its next request would have to wait.
 
-        One that was in use for a second and never silent rests first: behind a surplus answer each request would
-        read its predecessor's for as long as the next one comes at once.
+        Behind a surplus answer each request would read its predecessor's for as long as the next one comes at once.
         """
+        return now - self.silent_at > REST_AFTER and now - self.idle_since < QUIET
+
+    def _see_silence(self, now: float) -> None:
+        """See that nothing came since its last answer, and let it rest first if it needs that. Raises Ended."""
         if said := self.listen(QUIET - (now - self.idle_since)):
             if said is SURPLUS:
                 self.pool.said_more('what nobody asked for', now)
@@ -1576,22 +1579,25 @@ class Pool:
         """Return a silent connection, busy from now on; None if there is none.
 
         The one that answered the client's message last, or the most recently used one that no message holds, or the
-        longest idle one, if it may be held by a message. Then the pool grows by one.
+        longest idle one, if it may be held by a message: then the pool grows by one. One that needs its rest is left to
+        that while another does not.
         """
         while len(self.busy) < self.places:
             own, short = client.connection, False
             if own is not None and own.holder is client and own in self.held:
                 connection = own
                 del self.held[own]
-            elif self.idle:
+            elif self.idle and not self.idle[-1].needs_rest(now):
                 connection = self.idle.pop()
-            elif self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now)):
-                connection = next(iter(self.held))
+            elif self.idle or (self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now))):
+                there = [*self.idle, *self.held]
+                connection = next((each for each in there if not each.needs_rest(now)), there[0])
                 if now >= connection.expires:  # given up: handed on and on it would never be closed
                     self._close(connection)
                     continue
-                del self.held[connection]
-                short = now - connection.idle_since < HOLD and self.open + len(self.checker.running) < MAX_IDLE
+                if connection in self.held:
+                    short = now - connection.idle_since < HOLD and self.open + len(self.checker.running) < MAX_IDLE
+                self._remove(connection)
             elif self.opens:
                 connection = Connection(self, now)
             else:
@@ -1667,10 +1673,13 @@ class Pool:
         if said is SURPLUS:
             self.said_more('what nobody asked for', time.monotonic())
 
+    def _remove(self, connection: Connection) -> None:
+        if self.held.pop(connection, self) is self and connection in self.idle:
+            self.idle.remove(connection)
+
     def _close(self, *connections: Connection) -> None:
         for connection in connections:
-            if self.held.pop(connection, self) is self and connection in self.idle:
-                self.idle.remove(connection)
+            self._remove(connection)
             connection.close()
 
     def reset(self) -> None:

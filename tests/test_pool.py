@@ -611,3 +611,19 @@ def test_the_last_idle_connection_ends_for_the_check_that_follows() -> None:
     pool.idle.append(Connection(pool, now - 31))
     pool.prune(now)
     assert not pool.idle and pool.checker.due(now), 'it may hold the only worker'
+
+
+@pytest.mark.parametrize('held', [False, True])
+def test_a_connection_that_needs_its_rest_is_left_to_it_while_another_does_not(held: bool) -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    near, far = gevent.socket.socketpair()
+    with near, far:
+        resting, other = Connection(pool, now), Connection(pool, now)
+        other.silent_at = now - 0.5
+        pool.idle = [resting] if held else [other, resting]
+        pool.held = {other: None} if held else {}
+        client = hapolicy_gevent.Client(near)
+        assert pool.take(client, now + 0.01) is other
+        assert pool.take(client, now + 0.01) is resting, 'all the same, where there is no other'
+        pool.idle, pool.busy = [*pool.busy], {}
+        assert pool.take(client, now + 0.06) is resting, 'silent for long enough: the last used'
