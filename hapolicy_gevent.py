@@ -2248,6 +2248,7 @@ class Status:
         self._proxy, self._options, self._log, self._started = proxy, options, log, time.monotonic()
         dumps = functools.partial(json.dumps, allow_nan=False, default=printable)
         self._samples = deque([sample(proxy)], maxlen=SAMPLES)
+        self._latest: deque[socket.socket] = deque(maxlen=STATUS_CONNECTIONS)
         install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
         #: By path: return the code of an answer, the type of its content, and that.
         self._pages: dict[bytes, Callable[[], tuple[str, str, bytes]]] = {
@@ -2278,7 +2279,14 @@ class Status:
     # -- HTTP
 
     def handle(self, sock: socket.socket, _address: object = None) -> None:
-        """Answer one request and end: what StreamServer calls for each connection. Headers are skipped."""
+        """Answer one request and end: what StreamServer calls for each connection. Headers are skipped.
+
+        It ends, too, when too many others have come: a client that says nothing holds up no /health.
+        """
+        if len(self._latest) == STATUS_CONNECTIONS:
+            with contextlib.suppress(OSError):  # it has ended, as nearly always
+                self._latest[0].shutdown(socket.SHUT_RDWR)
+        self._latest.append(sock)
         with sock, contextlib.suppress(OSError), gevent.Timeout(STATUS_SECONDS, TimeoutError()):
             head = b''
             while not end_of_message(head) and (data := sock.recv(STATUS_HEAD - len(head))):
@@ -2707,7 +2715,7 @@ def copy(source: int, target: int) -> bool:
 
 
 def start_server(listener: socket.socket, handle: Callable[..., None], greenlets: Any) -> Any:
-    """Serve each connection by a greenlet of this pool, or of so many; return the StreamServer."""
+    """Serve each connection by a greenlet, of this pool if it is one; return the StreamServer."""
     from gevent.server import StreamServer
 
     server = StreamServer(listener, handle, spawn=greenlets)
@@ -2788,7 +2796,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     proxy.queue.balancer.sticky = options.sticky
     if status is not None:
         options.listen, options.status = [*map(str, listeners)], str(options.status)
-        server = start_server(status, Status(proxy, options, log).handle, STATUS_CONNECTIONS)
+        server = start_server(status, Status(proxy, options, log).handle, 'default')
         if options.reuse_port:  # the process that replaces us is to serve it, also while we drain
             stop.rawlink(lambda _: server.close())
         log(NOTICE, f'The status is served at {options.status}')
