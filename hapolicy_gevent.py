@@ -111,62 +111,62 @@ DEFAULT_PRIO, DEFAULT_WEIGHT = 10, 1
 DEFAULT_TIMEOUT = 30.0
 #: Requests in flight per service: Postfix's default_process_limit.
 DEFAULT_MAX = 100
-#: Seconds to connect, inside the service's timeout: two lost SYNs (1 s + 2 s) and some room.
+#: Seconds to connect, which are part of the service's timeout: two lost SYNs (1 s + 2 s) and some room.
 CONNECT_TIMEOUT = 5.0
 
 #: Seconds of silence behind an answer that prove that no second one follows.
 QUIET = 0.05
-#: Seconds after which a connection that was never silent for QUIET rests, before its next use.
+#: Seconds for which a connection is used without a silence of QUIET; then it has to be silent before its next use.
 REST_AFTER = 1.0
-#: Seconds for which a message holds the connection that answered it, and how many are opened for that.
+#: Seconds for which a message holds the connection that answered it, and the most connections opened for that reason.
 HOLD, MAX_IDLE = 1.0, 20
-#: Seconds for which an idle connection is kept beside another: a server may have few workers.
+#: Seconds for which an idle connection is kept while another one is open: a server may have few workers.
 SPARE_IDLE = 2.0
-#: Seconds for which each connection is used once, after a server said more than an answer.
+#: Seconds for which each connection carries one request, after a server sent more than an answer.
 ONCE = 60.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl. Under spawn(8) GIVE_UP.
 MAX_AGE = 1000.0
-#: Seconds between two connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
-#: children. Where checks take long, ten times of that.
+#: Seconds after a passed check until a connection is given up: another proxy, or a Postfix, may wait for one of the
+#: server's few children. Ten times the server's fastest answer, if that is longer.
 GIVE_UP = 1.5
-#: Seconds that the lookup of a service's name may take, before a new connection takes the address of last time.
+#: Seconds that a new connection waits for the lookup of a host name; then it takes the address of the last lookup.
 LOOKUP = 1.0
 
-#: Seconds between looks at the checks that run.
+#: Seconds from one look at the running checks to the next.
 TICK = 0.1
-#: Seconds by which a request that was answered was sent later than a check that is not: the service is full.
+#: A service is full if it answers a request that was sent so many seconds after a check that has no answer.
 UNANSWERED = 1.0
 #: Seconds without any answer after which a service is checked, and its last idle connection closed.
 UNHEARD = 30.0
-#: Seconds between checks of a service that is down: doubled by each that fails, from the first to the most. The first
-#: where none is up, or a service is full. And the least, for the first moments of an outage.
+#: Seconds between the checks of a service that is down: at first, and at most, as each failed check doubles them. The
+#: first also while no service is up, and where a service is full. SOON: in the first moments of an outage.
 BACKOFF_FIRST, BACKOFF_MAX, SOON = 1.0, 30.0, 0.1
-#: From 0.8 to 1.2: proxies that saw one server die are not to check it together.
+#: A factor of these seconds, 0.8 to 1.2: proxies that saw the same server die must not all check it at once.
 JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
-#: Mails at once for a service on trial, where no service is up; and seconds for which others wait for their answer, or
-#: for that to a check, where they can wait for nothing else.
+#: Mails at once at a service on trial, while no service is up; and seconds for which other mail waits until one of
+#: these mails, or a check, is answered, if it can wait for nothing else.
 TRIALS, TRIAL_PATIENCE = 5, 0.5
-#: Messages whose service is remembered, at most, and those of one second: ten minutes of a very busy site.
+#: Messages whose service is remembered; more than that for a second at most: ten minutes of a very busy site.
 MAX_INSTANCES = 40000
 #: Bytes of an instance that is remembered; Postfix's have about 30.
 MAX_INSTANCE = 128
 
-#: Seconds without a request after which a client is closed at once when we drain. Another will ask again soon,
-#: and is closed with that answer: a request could cross the end of its connection.
+#: Seconds without a request after which a client is closed at once when we drain. A client that asked later is closed
+#: with its next answer: its next request may be on the way already.
 LINGER = 1.0
-#: Seconds that are no time to ask a service: a request's last ones are for its default action; the shortest --deadline.
+#: Seconds of --deadline that are left for the default action; and the shortest --deadline.
 TOO_SHORT, MIN_DEADLINE = 0.005, 0.1
-#: Seconds a request waits for the service it was balanced to, before any other may have it; the same of a sticky one,
-#: which another greylist would put off; and before one may that gives no answers, mostly the doing of a slow message.
+#: Seconds that a request waits for the service it was balanced to, before it may go to another one; the same with
+#: --sticky, where another greylist would defer it; and before it may go to a service that a slow message has stalled.
 PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
-#: Bytes of an attribute that are compared to find a mail's services, and values whose compared part is remembered.
+#: Bytes of an attribute of --sticky that count, and values for which the part that counts is cached.
 MAX_VALUE, MAX_VALUES = 320, 4096
 
 #: Log lines that wait for the log daemon, and characters of one: rsyslog cuts at 8 kB, too.
 MAX_LOG_LINES, MAX_LOG_LINE = 10000, 8000
 
 LF, CR, SPACE = b'\n\r '  # numbers: `CR in data` takes a fourth of `b'\r' in data`, which tries a number first
-SWITCH_TO, THROW_INTO = greenlet.switch, greenlet.throw  # of a greenlet that is the first argument
+SWITCH_TO, THROW_INTO = greenlet.switch, greenlet.throw  # called with the greenlet as first argument
 READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
 
 # ---------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class Ended(ServiceFailure):
 
 
 EMPTY_LINE = re.compile(rb'\n\r?\n').search
-#: An answer as nearly all are: one line of printable ASCII, no number or blank first.
+#: An answer as nearly all are: one line of printable ASCII, whose action begins with no digit and no blank.
 PLAIN_ANSWER = re.compile(rb'action=[!-/:-~][ -~]*\n\n').fullmatch
 LINE_ENDS = b'\r\n'
 CONTROLS = bytes(range(SPACE + 1)) + b'\x7f'  # and the blank
@@ -264,7 +264,7 @@ def attribute(request: bytes, name: bytes) -> bytes:
 
 def instance_of(request: bytes) -> bytes | None:
     """Return the instance of a policy request, b'' without one or one too long to remember; None of another request."""
-    if request[:28] == b'request=smtpd_access_policy\n':  # as Postfix sends it: a third of the price of the below
+    if request[:28] == b'request=smtpd_access_policy\n':  # as Postfix sends it: a third of the cost of what follows
         instance = request.partition(b'\ninstance=')[2].partition(b'\n')[0]
     elif attribute(request, b'request') == b'smtpd_access_policy':
         instance = attribute(request, b'instance')
@@ -276,9 +276,9 @@ def instance_of(request: bytes) -> bytes | None:
 def clean_action(action: bytes) -> bytes:
     """Return the action as Postfix is to get it: no surrounding blanks, and '?' for what is not printable UTF-8.
 
-    Raises InvalidAnswer for an action that would be a permit that nobody meant: an empty one or a bare number
-    (smtpd_check.c, check_table_result). Bytes that are not UTF-8 would make Postfix use its own default, and it reads
-    up to a NUL only: the word that decides is kept whole.
+    Raises InvalidAnswer for an empty action and a bare number: Postfix would permit the mail (smtpd_check.c,
+    check_table_result). Bytes that are not UTF-8 would make Postfix use its own default action. A control character
+    that ends the first word becomes a blank: '?' would make another word of it, and Postfix reads up to a NUL only.
     """
     action = re.sub(rb'^([^\0- \x7f]+)[\0-\x08\n-\x1f\x7f]', rb'\1 ', action.strip(CONTROLS))
     if not action:
@@ -292,7 +292,7 @@ def parse_answer(data: bytes, closed: bool = False, start: int = 0) -> tuple[byt
     """Return the action of an answer and whether more than an answer came, or None while it is incomplete.
 
     Read as Postfix reads it: other lines are skipped, the first `action` counts. LF or CRLF. Empty lines behind an
-    answer are no more. `closed`: nothing will follow; `start` skips what was seen before. Raises InvalidAnswer.
+    answer do not count. `closed`: nothing will follow; `start` skips what was seen before. Raises InvalidAnswer.
     """
     if len(data) > MAX_MESSAGE:
         raise InvalidAnswer(f'an answer over {MAX_MESSAGE} bytes')
@@ -311,7 +311,7 @@ def parse_answer(data: bytes, closed: bool = False, start: int = 0) -> tuple[byt
 # Services and balancing: no I/O, `now` (monotonic seconds) is an argument
 # ---------------------------------------------------------------------------
 
-#: Why a query failed: the service's fault; and what is not.
+#: Why a query failed. JUDGED are faults of the service; the others say nothing of it.
 REFUSED, UNREACHABLE, LATE, INVALID, DROPPED = JUDGED = ('refused', 'unreachable', 'timeout', 'invalid', 'dropped')
 DEADLINE, DESCRIPTORS, INTERNAL = 'deadline', 'descriptors', 'internal'
 FAILURES = (*JUDGED, DEADLINE, DESCRIPTORS, INTERNAL)
@@ -334,12 +334,12 @@ class Address(NamedTuple):
 
 @contextlib.contextmanager
 def blaming(what: str, allowed: str = '') -> Iterator[None]:
-    """Name what is at fault. Raises UsageError for what is not allowed there, and OSError."""
+    """Put the option or the descriptor at fault before the text of an error. Raises UsageError, OSError."""
     try:
         yield
     except (UsageError, InvalidAnswer) as error:
         raise UsageError(f'{what}: {error}; allowed is {allowed}') from None
-    except OSError as fault:  # mypyc gives a name in a generator one type
+    except OSError as fault:  # not `error` again: mypyc gives a name in a generator one type
         raise OSError(f'{what}: {fault.strerror or fault}') from None
 
 
@@ -380,18 +380,18 @@ def parse_address(text: str) -> tuple[Address, list[str]]:
 
 
 class Settings:
-    """What the options say of one policy server, and what it was asked and answered."""
+    """What the options say of one policy server, and the counters of its queries."""
 
     def __init__(self, name: str, address: Address, prio: int = DEFAULT_PRIO, weight: int = DEFAULT_WEIGHT,
                  timeout: float = DEFAULT_TIMEOUT, maximum: int = DEFAULT_MAX) -> None:  # fmt: skip
         self.name, self.address, self.prio, self.weight = name, address, prio, weight
         self.timeout = timeout  # seconds for a whole query
         self.max = maximum  # connections and checks at once
-        self.fall = 2  # failed mails in a row that take it down beside another
-        self.stall = 5.0  # seconds without an answer while mail is in flight
-        self.queries = self.answers = 0  # all, and those that were answered
+        self.fall = 2  # failed mails in a row that take it down while another service is up
+        self.stall = 5.0  # seconds without an answer to mail in flight, after which it is stalled
+        self.queries = self.answers = 0  # queries, and how many of them were answered
         self.failures = dict.fromkeys(FAILURES, 0)
-        self.tally = Tally()  # of its answers, from the request to the answer
+        self.tally = Tally()
 
     def __str__(self) -> str:
         return f'[{self.name}] ({self.address})'  # as each line of the log names it
@@ -405,29 +405,28 @@ class Settings:
 class Service(Settings):
     """One policy server: its settings, its counters, and whether it is up. Pure: it never does I/O.
 
-    States: UP takes mail; DOWN takes none until a check passes; TRIAL takes some mails at a time until one is
-    answered. A check is our own question to it, asked on a new connection. Mail alone takes it down only beside
-    another service that is up: what a stranger can send is no proof.
+    States: UP takes mail; DOWN takes none until a check passes; TRIAL takes a few mails at a time until one is
+    answered. Mail alone takes a service down only while another one is up: strangers can send mail that fails.
     """
 
     state = UP
     why = 'never down'
-    blamed = False  #: mail took it down, or put it on trial: it stays on trial until mail is answered
-    in_a_row = 0  #: mails that failed since one was answered,
-    late_in_a_row = 0  #: and those that failed by a timeout
+    blamed = False  #: mail took it down, or put it on trial: only an answered mail makes it up again
+    in_a_row = 0  #: failed mails since one was answered
+    late_in_a_row = 0  #: the last of these, as far as each of them failed by a timeout
     # monotonic seconds
     since = 0.0  #: when the state changed
-    answered_at = 0.0  #: when a mail was answered last,
-    checked_at = 0.0  #: when a check was answered last,
-    failed_at = 0.0  #: and when a mail failed last
-    newest = 0.0  #: when the youngest request was sent that was answered
+    answered_at = 0.0  #: when mail was answered last
+    checked_at = 0.0  #: when a check was answered last
+    failed_at = 0.0  #: when mail failed last
+    newest = 0.0  #: when the youngest answered request was sent, a mail or a check
 
-    #: Does what follows from a change of the state.
+    #: Is called with the service, a text for the log and `now` when the state changes.
     changed: Callable[[Service, str, float], None] = staticmethod(lambda service, text, now: None)
 
     def start(self, changed: Callable[[Service, str, float], None], now: float) -> None:
-        """Begin to be used: it is up until something tells otherwise."""
-        self.changed, self.since, self.state, self.in_a_row = changed, now, UP, 0  # its own: each answer reads them
+        """Begin to be used: it is up until mail or a check says otherwise."""
+        self.changed, self.since, self.state, self.in_a_row = changed, now, UP, 0  # instance attributes are faster
 
     @property
     def heard_at(self) -> float:
@@ -435,16 +434,16 @@ class Service(Settings):
         return max(self.answered_at, self.checked_at)
 
     def check_answered(self, since: float, now: float) -> None:
-        """Note an answer to a check that began at `since`."""
+        """Record an answer to a check that began at `since`."""
         self.checked_at, self.newest = now, max(self.newest, since)
 
     def check_passed(self, now: float) -> None:
-        """Note that a check passed: if it was down it is up, or on trial if mail took it down."""
+        """Record that a check passed: a service that was down is up, or on trial if mail took it down."""
         if self.state is DOWN:
             self.turn(TRIAL if self.blamed else UP, 'its check passed', now)
 
     def answered(self, action: bytes, since: float, current: bool, now: float) -> None:
-        """Count an answer to a mail that was sent at `since`; it says something of the state if that is current."""
+        """Count an answer to a mail that was sent at `since`; if not `current`, the service went down meanwhile."""
         self.answers += 1
         tally = self.tally
         tally.seconds.append(now - since)
@@ -460,10 +459,11 @@ class Service(Settings):
                 self.in_a_row = self.late_in_a_row = 0
 
     def mail_failed(self, reason: str, since: float, alone: bool, crowded: bool, now: float) -> None:
-        """Note that a mail failed that was sent at `since`; alone: no other service is up; crowded: mail waits for it.
+        """Count a failed mail that was sent at `since`; too many take the service down, or put it on trial.
 
-        A late answer says nothing if a mail that was sent meanwhile was answered, or could not be sent: strangers' slow
-        messages may hold every place. The last service that is up is never taken down by mail.
+        Alone: no other service is up. Mail never takes that one down. Crowded: other mail waits for a place here. A
+        late answer does not count if mail was answered since the late one was sent; nor if the service is alone and
+        crowded, as strangers' slow messages may hold every place.
         """
         late = reason is LATE
         if self.state is DOWN or reason not in JUDGED or (late and (self.answered_at > since or (alone and crowded))):
@@ -480,9 +480,9 @@ class Service(Settings):
     def turn(self, state: str, why: str, now: float) -> None:
         """Change the state, and report it."""
         lasted = f' ({UP if self.state is UP else DOWN} for {now - self.since:.1f}s)' if self.since else ''
-        if UP in (state, self.state):  # all from the failure to the first answer is one outage
+        if UP in (state, self.state):  # down, and then on trial, is one outage with one beginning
             self.since = now
-        if state is not TRIAL or self.state is UP:
+        if state is not TRIAL or self.state is UP:  # a trial after an outage keeps the reason of the outage
             self.why = why
         if state is DOWN:
             self.tally.last_failure = now, why
@@ -509,9 +509,9 @@ def parse_service(text: str) -> Service:
 
 
 def one_cycle(pools: Sequence[Pool]) -> Iterator[Pool]:
-    """Yield each as often as its service's weight says, interleaved: smooth weighted round robin (as nginx's).
+    """Yield each pool as often as its service's weight says, interleaved: smooth weighted round robin (as nginx's).
 
-    All gain their weight at each turn; the richest has the turn and pays what all gained.
+    At each turn every pool gains its weight. The richest pool has the turn, and pays what all have gained.
     """
     weights = [pool.service.weight for pool in pools]
     total = sum(weights)
@@ -524,16 +524,16 @@ def one_cycle(pools: Sequence[Pool]) -> Iterator[Pool]:
         yield richest
 
 
-#: Leaves out of a sender what postgrey does, as each mail of a list may have its own: a BATV tag, extension, numbers.
+#: Removes from a sender what postgrey removes, as it differs from mail to mail: a BATV tag, an extension, numbers.
 without_tags = functools.partial(re.compile(rb'^prvs=\w{10}=|\+[^@]*|\b\d+\b(?=[^@]*@)').sub, b'')
-#: Hashes of a key and a name are products modulo this: from 1 to PRIME - 1, as the factors are.
+#: The hash of a key and a name is a product modulo this prime, so that it is in 1 to PRIME - 1 as its factors are.
 PRIME = 2**61 - 1
-#: A service among which a key chooses: the hash of its name, its weight (0 if all are equal), its pool.
+#: What Sticky.order() needs of a service: the hash of its name, its weight (0 if all weights are equal), its pool.
 Node: TypeAlias = 'tuple[int, int, Pool]'
 
 
 def network(ipv4: int, ipv6: int, address: bytes) -> bytes:
-    """Return the network of an address, by the prefix length of its family; what is no address as it is."""
+    """Return the network of an address, by the prefix length of its family; or the value if it is no address."""
     family, ignored = (socket.AF_INET6, 128 - ipv6) if b':' in address else (socket.AF_INET, 32 - ipv4)
     try:
         return b'%x ' % (int.from_bytes(socket.inet_pton(family, address.decode('latin-1')), 'big') >> ignored)
@@ -544,16 +544,16 @@ def network(ipv4: int, ipv6: int, address: bytes) -> bytes:
 class Sticky:
     """Sends the same mail to the same service, at each proxy: by a key made of some attributes. Pure.
 
-    Weighted rendezvous hashing: each service has a score for each key, and the greatest wins. A service that is taken
-    away leaves its own keys to others, and one that is added takes its share; no other key moves.
+    Weighted rendezvous hashing: each service has a score for each key, and the greatest score wins. The keys of a
+    service that is removed go to the others; a service that is added takes its share; no other key moves.
     """
 
     def __init__(self, attributes: Iterable[tuple[str, Callable[[bytes], bytes] | None]]) -> None:
-        """Take the names of the attributes, each with what returns the part of a value to compare, if not all."""
+        """Take the names of the attributes, each with a function that returns the part of a value that counts."""
         self._attributes = [(b'\n%s=' % name.encode(), part_of) for name, part_of in attributes]
 
     def key(self, request: bytes) -> bytes:
-        """Return what the tries of a mail have in common, b'' if all attributes are empty."""
+        """Return the key of a mail, which is the same each time the mail is tried; b'' if all attributes are empty."""
         key = b''
         if CR in request:
             request = request.replace(b'\r\n', b'\n')
@@ -571,9 +571,8 @@ class Sticky:
 
     @staticmethod
     def order(key: bytes, nodes: Iterable[Node]) -> list[Pool]:
-        """Return the pools in the order of a key, the best first: by the key, names and weights alone."""
-        number = zlib.crc32(key) + 1
-        number *= number  # CRC-32 is linear: keys that are alike would have scores that are alike
+        """Return the pools in the order of a key, the best first: by the key, the names and the weights alone."""
+        number = (zlib.crc32(key) + 1) ** 2  # CRC-32 is linear: without a power similar keys have similar scores
         scores: dict[Pool, float] = {}
         for factor, weight, pool in nodes:
             hashed = number * factor % PRIME
@@ -584,8 +583,8 @@ class Sticky:
 class Balancer:
     """Chooses a service for each request: affinity by instance, then prio, then weight.
 
-    The cycle of each prio is made when a service changes its state: shares are exact over a cycle, and nobody has a
-    burst at its return.
+    The cycle of each prio is made anew when a service changes its state: shares are exact over a cycle, and a service
+    that returns gets no burst.
     """
 
     def __init__(self, pools: Iterable[Pool]) -> None:
@@ -593,24 +592,24 @@ class Balancer:
         self._nodes = Sticky.nodes(self.pools)
         self.up = 0  # services that are up
         self.sticky: Sticky | None = None  #: makes the key of each request, if there is one
-        #: For each prio what yields each turn of a cycle once, and what Sticky puts in order.
+        #: For each prio: returns the turns of one cycle, from where it stopped last; and the nodes for Sticky.order().
         self._rounds: list[tuple[Callable[[], Iterator[Pool]], list[Node]]] = []
-        #: The service of each message, whose other requests are to go there: by instance, the longest known first.
+        #: By instance, the pool that the other requests of a message go to, too; the longest known message first.
         self.bound: dict[bytes, Pool] = {}
         self.update()
 
     def update(self) -> None:
         """Work out how many mails each service may have at once, and the cycles: a service changed its state.
 
-        A service on trial has one, or some where none is up. So has one that is down because it hung up on its check,
-        or answered rubbish: perhaps it cannot be checked, and answers mail.
+        A service on trial may have one mail, or TRIALS while no service is up. While no service is up, this also holds
+        for a service that hung up on its check, or answered it wrongly: perhaps it answers mail, but no checks.
         """
         self.up = sum(pool.service.state is UP for pool in self.pools)
         for pool in self.pools:
             service = pool.service
-            perhaps = not self.up and pool.checker.reason in (DROPPED, INVALID)
-            trial = 0 if service.state is DOWN and not perhaps else 1 if self.up else TRIALS
-            pool.places = service.max if service.state is UP else min(trial, service.max)
+            pool.places = service.max if service.state is UP else min(1 if self.up else TRIALS, service.max)
+            if service.state is DOWN and (self.up or pool.checker.reason not in (DROPPED, INVALID)):
+                pool.places = 0
         self._rounds = []
         for _, group in itertools.groupby(self.pools, key=lambda pool: pool.service.prio):
             pools = [pool for pool in group if pool.places]
@@ -620,48 +619,49 @@ class Balancer:
                 self._rounds.append((cycle, [node for node in self._nodes if node[2] in pools]))
 
     def choose(self, instance: bytes, tried: Sequence[Pool], now: float, key: bytes = b'') -> Pool | None:
-        """Return the pool to take a connection of, or to wait for a moment; None to wait for any.
+        """Return the pool that a request is to have a connection of; None if it may wait for any.
 
-        With a key the first in its order that is ready; else the first, as what comes free at another is of no use.
+        With a key: the first pool in its order that is ready. If none is ready, the first one: a connection that
+        becomes free at another service first is of no use.
         """
         if instance and not key:
             bound = self.bound.get(instance)
             if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
                 return bound
         for turns, nodes in self._rounds:
-            waits: Pool | None = None
+            first_up: Pool | None = None
             for pool in Sticky.order(key, nodes) if key else turns():
                 if pool in tried or (now - pool.service.answered_at > pool.service.stall and pool.stalled(now)):
-                    continue  # the first part saves a call, nearly always
+                    continue  # the comparison of times saves the call, nearly always
                 if pool.idle or pool.ready(now, STICKY_PATIENCE if key else PATIENCE):
                     return pool
-                waits = waits or (pool if pool.service.state is UP else None)
-            if waits is not None:  # the next prio is for requests that have waited
-                return waits if key else None
+                first_up = first_up or (pool if pool.service.state is UP else None)
+            if first_up is not None:  # the next prio is for requests that have waited
+                return first_up if key else None
         return None
 
     def candidates(self, first: Pool | None, tried: Sequence[Pool], waited: float, now: float,
                    key: bytes = b'') -> list[Pool]:  # fmt: skip
-        """Return the pools that a request may wait for which has waited for so many seconds, best first.
+        """Return the pools that a request may wait for, the best first, after it has waited for so many seconds.
 
-        At first the one that was chosen for it alone, so that shares hold, or those of one prio; then all; and at last
-        those that have stalled, which may be the doing of a slow message. None of a service whose trial is taken.
-        With a key longer the first alone, or the one that is the first without it.
+        For PATIENCE that is `first`, which was chosen for the request, so that shares hold; without it all of the best
+        prio. With a key it is one pool, for STICKY_PATIENCE. Then it is all pools; those that have stalled only after
+        STALLED_PATIENCE. If none admits the request, it may wait for the answer to a check that has just begun.
         """
         pools = self.pools
         if key:
             pools = sorted(Sticky.order(key, self._nodes), key=lambda pool: pool.service.prio)
         left = [pool for pool in pools if pool not in tried]
-        there = [pool for pool in left if pool.admits(waited, now)]
-        if not there and (self.up or any(pool.checker.restarts(now) for pool in pools)):
-            there = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
-        answering = [pool for pool in there if waited >= STALLED_PATIENCE or not pool.stalled(now)] or there
+        admitting = [pool for pool in left if pool.admits(waited, now)]
+        if not admitting and (self.up or any(pool.checker.restarts(now) for pool in pools)):
+            admitting = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
+        answering = [pool for pool in admitting if waited >= STALLED_PATIENCE or not pool.stalled(now)] or admitting
         if waited >= (STICKY_PATIENCE if key else PATIENCE):
             return answering
         if first in answering:
             return [first]
-        of_one_prio = [pool for pool in answering if pool.service.prio == answering[0].service.prio]
-        return of_one_prio[:1] if key else of_one_prio
+        best_prio = [pool for pool in answering if pool.service.prio == answering[0].service.prio]
+        return best_prio[:1] if key else best_prio
 
     def forget(self) -> None:
         """Forget the older half of the messages, once there are too many."""
