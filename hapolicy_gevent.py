@@ -680,13 +680,13 @@ NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY = 'no service is up', 'all servi
 
 ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6
 LEVELS = {ERROR: 'error', WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
-#: How a line on stderr begins, to be formatted with its level: systemd reads it (sd-daemon(3)).
+#: The beginning of a line on stderr, to be formatted with the line's level: systemd reads it (sd-daemon(3)).
 MARK = '<{}>' if 'JOURNAL_STREAM' in os.environ else ''
-#: Seconds without an answer, while there is mail in flight, that log and status speak of.
+#: Seconds without an answer to mail in flight, after which log and status call a service silent.
 SILENT = 1.0
 #: Severity and text of a line for the log.
 Line: TypeAlias = 'tuple[int, str]'
-#: What a request got: the action, the service asked last, how many were asked, and why.
+#: What a request got: the action, the service that was asked last, how many services were asked, and why.
 Decision: TypeAlias = 'tuple[bytes, Service | None, int, str]'
 
 #: What an action does to a mail, for counting: access(5) names many.
@@ -718,17 +718,15 @@ def within(seconds: Iterable[float]) -> list[int]:
 class Tally:
     """What became of a service's queries: how long they took, as histograms, and what its answers do to the mail.
 
-    Answers are counted when somebody looks, once a second at least: that costs less than one by one.
+    Answers are counted when the tally is read, once a second at least: that costs less than one by one.
     """
 
     def __init__(self) -> None:
         self._answered, self.failed = within([]), within([])  # queries with and without an answer, within each bound
-        #: As of the last read(): answers by verdict, and the seconds of all.
+        #: As of the last read(): answers by verdict, the sum of their seconds, and the seconds of the fastest.
         self.verdicts = dict.fromkeys(VERDICTS, 0)
-        self.sum = 0.0
-        self.least = math.inf  # and the seconds of the fastest
-        #: How long an answer took, and what it was: to be appended. One list of pairs would have the garbage collector
-        #: look at each.
+        self.sum, self.least = 0.0, math.inf
+        #: Appended to by each answer. Two lists: the garbage collector would look at each pair in a list of pairs.
         self.seconds: list[float] = []
         self.actions: list[bytes] = []
         self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
@@ -752,9 +750,9 @@ class Tally:
 
 
 def quantiles(counts: Iterable[int], pool: Pool, now: float) -> dict[str, float | None]:
-    """Return p50, p95 and p99: bounds in seconds that so many of 100 queries keep to, the last for more, too; or None.
+    """Return p50, p95 and p99 in seconds, each one of BOUNDS (the last one for longer times, too); None for no query.
 
-    Of queries that were answered or failed, within each bound, and of those in flight, with the seconds they took.
+    `counts`: answered and failed queries within each bound. The queries in flight are added, with their time so far.
     """
     seen = [*map(add, counts, within(now - query.since for query in pool.busy))]
     bounds = (*BOUNDS, BOUNDS[-1])
@@ -762,7 +760,7 @@ def quantiles(counts: Iterable[int], pool: Pool, now: float) -> dict[str, float 
 
 
 class Statistics:
-    """The proxy's counters: one plain number for each of COUNTERS, and two by reason."""
+    """The proxy's counters: a number for each of COUNTERS, and two counters by reason."""
 
     def __init__(self) -> None:
         self.requests = self.answers = self.redispatches = self.retries = self.clients = 0
@@ -774,13 +772,13 @@ class Statistics:
         return ', '.join([*counted, f'defaults: {sum(self.defaults.values())}'])
 
 
-#: What was counted. Under None: monotonic seconds, requests, answers, default actions. Of each service: answers,
+#: Counters at one time. Under None: monotonic seconds, requests, answers, default actions. Under each service: answers,
 #: failures, and how many of both were within each bound.
 Counts: TypeAlias = 'dict[Service | None, list[Any]]'
 
 
 def sample(proxy: Proxy) -> Counts:
-    """Return what is counted now."""
+    """Return the counters as they are now."""
     counted = proxy.statistics
     counts: Counts = {None: [time.monotonic(), counted.requests, counted.answers, sum(counted.defaults.values())]}
     for service in proxy.pools:
@@ -794,7 +792,7 @@ def difference(new: Counts, old: Counts) -> Counts:
 
 
 def summary(proxy: Proxy, since: Counts) -> str:
-    """Return a line for the log about what was counted and what waits now, '' if there was no request."""
+    """Return a log line about the counters `since` then and the requests that wait now; '' if there are none."""
     now, slowest = time.monotonic(), []
     for service, pool in proxy.pools.items():
         p99, silent = quantiles(since[service][2:], pool, now)['p99'], proxy.silence(pool, now)
@@ -825,12 +823,12 @@ def printable(value: bytes | str) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
-#: How the attributes begin that are logged of a request, in the ancestor's order and spelling.
+#: The attributes of a request that -l logs, in the ancestor's order.
 LOGGED = [b'\n%b=' % name for name in b'client_name client_address helo_name sender recipient instance'.split()]
 
 
 def request_line(decision: Decision, request: bytes, delay: float) -> str:
-    """Return the log line of a request (-l): the ancestor's fields, then ours. Without a blank no value is a field."""
+    """Return the line of -l: the ancestor's fields, then ours. Blanks in values are escaped: none forges a field."""
     action, service, tries, why = decision
     asked = (('[-] (-)', '-', '-', '-', '-', '-') if service is None else
              (service, service.prio, service.weight, service.queries, service.answers, service.failed))  # fmt: skip
@@ -844,7 +842,7 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
 class Log:
     """A bounded queue of lines and the greenlet that writes them: logging never delays an answer.
 
-    They go to syslog as syslog(3) sends them: facility mail, ident[pid]. What is not taken there goes to a descriptor.
+    Lines go to syslog as syslog(3) sends them: facility mail, ident[pid]. What it does not take goes to a descriptor.
     """
 
     PATH = '/dev/log'
@@ -870,7 +868,7 @@ class Log:
         reported = 0
         while self._more.wait():
             lines, self._lines = self._lines, []
-            with contextlib.suppress(Exception):  # of a thread that cannot be had, say: the log goes on
+            with contextlib.suppress(Exception):  # no thread can be started, for example: the log goes on
                 if self._ident:
                     lines = self.to_syslog(lines)
                 if self._fd >= 0:
@@ -883,20 +881,20 @@ class Log:
                 self._more.clear()
 
     def to_syslog(self, lines: list[Line]) -> list[Line]:
-        """Send lines; return those that are not taken."""
+        """Send lines; return those that syslog does not take."""
         head = f'>{time.strftime("%b %e %H:%M:%S")} {self._ident}[{os.getpid()}]: '
         return [(level, text) for level, text in lines
                 if not self._send(f'<{2 << 3 | level}{head}{text}'.encode('utf-8', 'backslashreplace'))]  # fmt: skip
 
     def _send(self, line: bytes) -> bool:
-        for kind in None, socket.SOCK_DGRAM, socket.SOCK_STREAM:  # the daemon may be a new one, or have the other kind
+        for kind in None, socket.SOCK_DGRAM, socket.SOCK_STREAM:  # the daemon may have restarted, or read a stream
             try:
                 if kind:
                     self._socket = connect(socket.AF_UNIX, self.PATH, 1, kind)
                     self._socket.settimeout(1)
                 self._socket.sendall(line + b'\0' if self._socket.type == socket.SOCK_STREAM else line)
                 return True
-            except TimeoutError:  # a daemon that hangs: one line a second is given up
+            except TimeoutError:  # the daemon hangs: this line is given up, after a second
                 return False
             except OSError:
                 continue
@@ -906,7 +904,7 @@ class Log:
         texts = [f'{MARK.format(level)}[LOG {LEVELS[level]}]: {text}\n' for level, text in lines]
         data = ''.join(texts).encode('utf-8', 'backslashreplace')
         with contextlib.suppress(OSError):
-            while data:  # in a thread, as its reader may stop reading
+            while data:  # in a thread, as the reader may stop reading
                 data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
             return []
         return lines
