@@ -924,9 +924,8 @@ class Log:
 class Wire:
     """A stream socket that waits first and then receives.
 
-    A recv() before data is there costs a failed system call, an exception and two changes of the
-    epoll set; with a read watcher that stays registered a request takes a third of the time. What
-    becomes readable while nobody waits goes to unexpected().
+    A recv() before data is there costs a failed system call, an exception and two changes of the epoll set. With a read
+    watcher that stays registered, receiving takes a third of the time. Data that nobody waits for calls unexpected().
     """
 
     __slots__ = ('_hub', '_recv', '_send', '_waits', '_watcher', 'paused', 'socket', 'user')
@@ -939,11 +938,11 @@ class Wire:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that died sends no end
         self.socket = sock
-        # of the plain socket inside gevent's: what never has to wait saves 0.3 us a call
+        # the methods of the plain socket inside gevent's, which never wait, save 0.3 us a call
         plain: Any = getattr(sock, '_sock', sock)
         self._recv, self._send = plain.recv, plain.send
         self._hub = gevent.get_hub()
-        self.user = getcurrent()  #: the greenlet that receives: asked for at each receive() it would cost 0.1 us
+        self.user = getcurrent()  #: the greenlet that receives: to ask for it at each receive() would cost 0.1 us
         self._waits = False
         self._watcher: Any = self._hub.loop.io(sock.fileno(), READ)
         self.paused = True
@@ -956,25 +955,22 @@ class Wire:
             self.unexpected()
 
     def unexpected(self) -> None:
-        """Called in the hub when there is something to receive and nobody waits: must not block."""
+        """Called in the hub when there is something to receive and nobody waits for it: must not block."""
         raise NotImplementedError
 
     def pause(self) -> None:
-        """Leave what comes in the kernel until the next receive()."""
+        """Leave what comes in the kernel until the next receive() or watch(); the peer's end is not seen either."""
         self._watcher.stop()
         self.paused = True
 
     def watch(self) -> None:
-        """See again what is there to receive. Paused, neither data nor an end is seen."""
+        """End a pause."""
         if self.paused:
             self._watcher.start(self._readable)
             self.paused = False
 
     def receive(self) -> bytes | None:
-        """Sleep until there is something to receive; return it, None at the end, b'' if woken for nothing.
-
-        Raises OSError.
-        """
+        """Sleep until there is something to receive; return it, None at the end, b'' if woken early. Raises OSError."""
         if self.paused:
             self.watch()
         self._waits = True
@@ -982,7 +978,7 @@ class Wire:
             SWITCH_TO(self._hub)
         finally:
             self._waits = False
-        recv = self._recv  # called as self._recv() it is looked for as a method first, at full length
+        recv = self._recv  # faster than self._recv(), which is looked up as a method first
         try:
             return recv(RECEIVE) or None
         except BlockingIOError:
@@ -997,14 +993,14 @@ class Wire:
             return data
 
     def close(self) -> None:
-        """Close the socket and free its watcher; more than once does no harm."""
+        """Close the socket and free its watcher; to call it again does no harm."""
         self._watcher.stop()
         self._watcher.close()
         self.socket.close()
 
 
 def connect(family: int, where: Any, seconds: float = CONNECT_TIMEOUT, kind: int = socket.SOCK_STREAM) -> socket.socket:
-    """Return a socket connected to a path, or to the numbers of an address, within so many seconds. Raises OSError."""
+    """Return a socket connected to a path or a numeric address, within so many seconds. Raises OSError."""
     sock = socket.socket(family, kind)
     sock.settimeout(0 if family == socket.AF_UNIX else None)
     try:
@@ -1013,7 +1009,7 @@ def connect(family: int, where: Any, seconds: float = CONNECT_TIMEOUT, kind: int
                 try:
                     sock.connect(where)
                     return sock
-                except BlockingIOError:  # the backlog of a unix socket is full, and no event tells when it no longer is
+                except BlockingIOError:  # a unix socket's backlog is full, and no event says when it has room
                     gevent.sleep(0.01)
     except BaseException:
         sock.close()
@@ -1021,36 +1017,36 @@ def connect(family: int, where: Any, seconds: float = CONNECT_TIMEOUT, kind: int
 
 
 def connect_failure(error: OSError, family: int) -> ServiceFailure:
-    """Return what an error in connecting says of the service: the one place where errno is judged."""
+    """Return the failure that an error in connecting stands for: the one place where errno is judged."""
     if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
         return ServiceFailure(REFUSED, str(error.strerror).lower())
     if isinstance(error, TimeoutError):
         return ServiceFailure(LATE, 'no connection in time')
     if isinstance(error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)):
         return ServiceFailure(DROPPED, 'it hung up at once')
-    ports = error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET  # or there is no IPv6 here
-    if ports or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+    no_port = error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET  # of IPv6: this host has none
+    if no_port or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
         return ServiceFailure(DESCRIPTORS, error.strerror or str(error))
     return ServiceFailure(UNREACHABLE, error.strerror or str(error))
 
 
 class Connector:
-    """Connects to a service's address: the one that failed last comes last, where it has several.
+    """Connects to a service's address. If a host name has several, the address that failed last is tried last.
 
-    A name is looked up anew for new connections; while that fails, it is what it was last. One lookup at a time: a name
-    server that hangs keeps one of gevent's threads busy for each name, not all.
+    A name is looked up for each new connection. While the lookup fails, the last known addresses are used. One lookup
+    runs at a time: a name server that hangs keeps one of gevent's threads busy for each name, not all.
     """
 
     def __init__(self, address: Address, seconds: float, report: Callable[[str], None]) -> None:
         family, host, port = address
         self._address, self._seconds, self._report = address, seconds, report
         self._named = family == socket.AF_UNSPEC or (family == socket.AF_INET6 and '%' in host)
-        #: Families and socket addresses.
         where: Any = host if family == socket.AF_UNIX else (host, port)
+        #: Families and socket addresses, the next to try first.
         self._known: list[tuple[int, Any]] = [] if self._named else [(family, where)]
-        self._trouble = ''
+        self._trouble = ''  # why the last lookup failed
         self._lookup: Any = None
-        self._began = 0.0  # when the lookup did (monotonic seconds)
+        self._began = 0.0  # when the lookup began (monotonic seconds)
 
     def _look_up(self) -> None:
         trouble = ''
@@ -1058,7 +1054,7 @@ class Connector:
             found = socket.getaddrinfo(self._address.host, self._address.port, type=socket.SOCK_STREAM)
             known = [(family, where) for family, _, _, _, where in found]
             self._known = sorted(known, key=lambda each: self._known.index(each) if each in self._known else -1)
-        except (OSError, UnicodeError) as error:  # the latter of the idna codec
+        except (OSError, UnicodeError) as error:  # UnicodeError: from the idna codec
             trouble = getattr(error, 'strerror', None) or str(error)
         if trouble != self._trouble and self._known:
             self._report(f'host name: {trouble}; asking where it was last' if trouble else 'host name: found again')
@@ -1078,19 +1074,19 @@ class Connector:
             except (OSError, gevent.Timeout, gevent.GreenletExit) as error:
                 if self._known[:1] == [address]:
                     self.rotate()
-                if not isinstance(error, OSError):  # the query is over, or the check
+                if not isinstance(error, OSError):  # the query has timed out, or the check was stopped
                     raise
-                # one that was too slow may be well: the mildest that can be said
+                # a timeout is reported rather than a refusal: that address may be well, and only slow
                 failure = failure if isinstance(failure, TimeoutError) else error
         raise failure
 
     def rotate(self) -> None:
-        """Take the next address first: the first cannot be connected to, or fails its check."""
+        """Make the next address the first: the first one cannot be connected to, or a check failed there."""
         self._known = self._known[1:] + self._known[:1]
 
 
-#: What Postfix asks of smtpd_client_restrictions, with all attributes of Postfix 3.12: no sender and no recipient, so
-#: nothing to remember or to count, and an address that nobody looks up.
+#: What Postfix asks in smtpd_client_restrictions, with all attributes of Postfix 3.12. Without sender and recipient a
+#: server has nothing to remember or to count; 127.0.0.1 is an address that no server looks up.
 CHECK = (b'request=smtpd_access_policy\nprotocol_state=CONNECT\nprotocol_name=SMTP\nclient_address=127.0.0.1\n'
          b'client_name=localhost\nclient_port=0\nreverse_client_name=localhost\nserver_address=127.0.0.1\n'
          b'server_port=25\nhelo_name=\nsender=\nrecipient=\nrecipient_count=0\nqueue_id=\ninstance=\nsize=0\n'
@@ -1099,8 +1095,9 @@ CHECK = (b'request=smtpd_access_policy\nprotocol_state=CONNECT\nprotocol_name=SM
          b'encryption_keysize=0\ntls_sni=\npolicy_context=\ncompatibility_level=3.6\nmail_version=3.12\n\n')
 #: What may come behind an answer: the end of the connection, or more bytes.
 ENDED, SURPLUS = 'ended', 'surplus'
-#: How the connections of a service are used: again, if they passed a check; once each and without a check, if the
-#: service ends them behind a check; or again without a check, where there are none or the service answers mail alone.
+#: How connections are used. CHECKED: again and again, after a check. SINGLE_USE: for one request, without a check, as
+#: the server ends them after an answer, or sends more. UNCHECKED, under spawn(8) or if the service answers mail but no
+#: checks: again and again, without a check.
 CHECKED, SINGLE_USE, UNCHECKED = 'checked', 'single use', 'unchecked'
 
 
@@ -1111,24 +1108,24 @@ class Connection(Wire):
                  'used')  # fmt: skip
 
     def __init__(self, pool: Pool, now: float) -> None:
-        """Make one that is not open yet: the first ask() opens it."""
+        """Make a connection that is not open yet: the first ask() opens it."""
         self.pool = pool
         self.begin(now)
 
     def begin(self, now: float) -> None:
-        """Begin, or begin anew."""
-        self.since = self.idle_since = now  # when its last request was sent, and when it was answered
+        """Set the state of a connection that has carried nothing."""
+        self.since = self.idle_since = now  # when its last request was sent, and when that was answered
         self.expires = now + self.pool.queue.max_age
         self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
-        self.used = 0  # how many answers it gave, that to its check included
-        self.spent = ''  # why it is not to be used again: ENDED, or SURPLUS
-        self.holder: Client | None = None  # whose message was answered by it last, and may ask more
-        #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: it may be taken again before the
-        #: loop has polled. None while it is not open.
+        self.used = 0  # how many answers it gave, the one to its check included
+        self.spent = ''  # why it must not be used again: ENDED or SURPLUS
+        self.holder: Client | None = None  # the client whose message it answered last, which may ask more
+        #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: the loop may not have polled since
+        #: the last answer. None while the connection is not open.
         self.poll: Callable[[int], list[tuple[int, int]]] | None = None
-        self._data = b''  # of an answer
+        self._data = b''  # the answer, as far as it has come
         self.timer = QueryTimeout(self.pool.service.timeout)
-        self.user = getcurrent()  # that asks
+        self.user = getcurrent()  # the greenlet that asks
 
     def open(self) -> None:
         """Connect. Raises ServiceFailure."""
@@ -1147,9 +1144,9 @@ class Connection(Wire):
             raise ServiceFailure(DROPPED if said is ENDED else INVALID, 'it hung up, or spoke, before it was asked')
 
     def ask(self, request: bytes, now: float, left: float = math.inf) -> bytes:
-        """Send a request and return the action of its answer. Raises ServiceFailure.
+        """Send a request and return the action of its answer, to the greenlet that is `user`. Raises ServiceFailure.
 
-        Within the service's timeout, or the seconds that are left if that is less; `user` is the greenlet that asks.
+        `left`: the seconds until the request's deadline, if that is sooner than the service's timeout.
         """
         if self.used:
             if now - self.silent_at > REST_AFTER:
@@ -1174,7 +1171,7 @@ class Connection(Wire):
                 if (answer := self._take_in(chunk)) is not None:
                     return answer
         except OSError:
-            pass  # ended by a reset: as good as closed
+            pass  # a reset is an end, too
         except gevent.Timeout as error:
             if error is not timer:
                 raise
@@ -1187,14 +1184,14 @@ class Connection(Wire):
         return self._take_in(b'', closed=True) or b''
 
     def needs_rest(self, now: float) -> bool:
-        """Tell whether it was in use for a second and never silent: its next request would have to wait.
+        """Return whether it was in use for REST_AFTER without a silence: its next request would have to wait for QUIET.
 
-        Behind a surplus answer each request would read its predecessor's for as long as the next one comes at once.
+        After a surplus answer each request would get its predecessor's answer, as long as the next one comes at once.
         """
         return now - self.silent_at > REST_AFTER and now - self.idle_since < QUIET
 
     def _see_silence(self, now: float) -> None:
-        """See that nothing came since its last answer, and let it rest first if it needs that. Raises Ended."""
+        """Wait until QUIET has passed since its last answer. Raises Ended if something came."""
         if said := self.listen(QUIET - (now - self.idle_since)):
             if said is SURPLUS:
                 self.pool.said_more('what nobody asked for', now)
@@ -1203,7 +1200,7 @@ class Connection(Wire):
 
     def _after_timeout(self, timer: QueryTimeout, sent: bool) -> bytes:
         """Return the action if a whole answer has come while we did not run. Raises ServiceFailure."""
-        timer.__traceback__ = None  # it would keep the request until the next time
+        timer.__traceback__ = None  # it would keep the request in memory until the next timeout
         with contextlib.suppress(OSError):
             while sent and self.poll is not None and self.poll(0) and (chunk := self._recv(RECEIVE)):
                 if (action := self._take_in(chunk)) is not None:
@@ -1214,7 +1211,7 @@ class Connection(Wire):
     def _take_in(self, chunk: bytes, closed: bool = False) -> bytes | None:
         """Return the action if the answer is whole, or ends here. Raises ServiceFailure."""
         seen = len(self._data)
-        # behind the last answer, an empty line too many may have come late
+        # an empty line too many behind the last answer may come only now
         self._data = self._data + chunk if seen or not self.used else chunk.lstrip(LINE_ENDS)
         try:
             answer = parse_answer(self._data, closed, max(0, seen - 2))
@@ -1231,7 +1228,7 @@ class Connection(Wire):
     def check(self) -> tuple[str, bytes]:
         """Ask our own question; return what came behind the answer, as look() does, and the action.
 
-        Asked anew if the server hangs up, or answers rubbish: once proves nothing. Raises ServiceFailure.
+        If the server hangs up or answers wrongly it is asked once more: once proves nothing. Raises ServiceFailure.
         """
         self.user = getcurrent()
         try:
@@ -1247,27 +1244,24 @@ class Connection(Wire):
         return said, action
 
     def reopen(self) -> None:
-        """Close it; the next ask() opens it anew."""
+        """Close the connection; the next ask() opens it anew."""
         self.close()
         self.begin(time.monotonic())
 
     def look(self, flags: int = 0) -> str:
-        """Return what came that nobody asked for: ENDED, SURPLUS, or '' for nothing, or for empty lines.
-
-        With MSG_PEEK as flag what came can be received still.
-        """
+        """Receive what nobody asked for; return ENDED, SURPLUS, or '' for nothing or empty lines. MSG_PEEK keeps it."""
         try:
             for _ in range(2):
                 if not (data := self._recv(RECEIVE, flags)):
                     return ENDED
                 if data.strip(LINE_ENDS):
                     return SURPLUS
-            return SURPLUS  # of empty lines
+            return SURPLUS  # empty lines without end
         except OSError as error:
             return '' if isinstance(error, BlockingIOError) else ENDED
 
     def listen(self, seconds: float) -> str:
-        """Return what came within so many seconds, as look() does."""
+        """Wait for so many seconds; return what came, as look() does."""
         if seconds > 0:
             gevent.sleep(seconds)
         self.watch()
@@ -1275,7 +1269,7 @@ class Connection(Wire):
 
     def unexpected(self) -> None:
         if self not in self.pool.idle and self not in self.pool.held:
-            self.pause()  # it is busy, and still sends
+            self.pause()  # it is busy: what comes is for receive()
             self.silent_at = -math.inf
         elif said := self.look():
             self.pool.drop(self, said)
@@ -1287,15 +1281,15 @@ class Connection(Wire):
 
 
 def asked_first(connections: dict[Connection, Any]) -> float:
-    """Return when the first of them was asked (monotonic seconds), infinity if there is none."""
+    """Return when the first of these connections was asked (monotonic seconds), infinity if there is none."""
     return next(iter(connections)).since if connections else math.inf
 
 
 class QueryTimeout(gevent.Timeout):
     """A Timeout that may be started again and again: 0.4 us each time, against 1.6 us for a new one.
 
-    gevent's own start() goes on with what the last run left of its time, as libev's ev_timer_stop()
-    keeps the rest. `again`, libev's ev_timer_again(), starts from the whole; `stop` ends it.
+    gevent's own start() goes on with the rest of the last run, which libev's ev_timer_stop() keeps. `again` is libev's
+    ev_timer_again() and starts with the whole time; `stop` ends it.
     """
 
     __slots__ = ('again', 'stop')
@@ -1310,45 +1304,46 @@ class QueryTimeout(gevent.Timeout):
 
 
 class Checker:
-    """Decides whether one more connection to a service may be opened, by checks: grow() alone starts them.
+    """Decides by checks whether one more connection to a service may be opened: grow() alone starts checks.
 
     A check is one policy request of our own on a new connection. It passes if one valid answer comes and then silence
-    for QUIET: the connection joins the pool. No mail waits on a check that is not answered, so many may run at once.
+    for QUIET: the connection joins the pool. No mail waits on a connection whose check is unanswered, so many checks
+    may run at once.
 
-    A service is *full* when it serves some connections and lets a further check wait, or ends it: a prefork server
-    whose children are all taken, or a limit. Then one check at a time is made, and twice as many after each that
-    passes. Where it is single use, fewer mails go at once: one more after each check that passes, and after each round
-    of answers where no check was hung up on. Full is not down.
+    A service is *full* when it serves some connections and lets a further check wait, or hangs up on it: a prefork
+    server whose children are all taken, or a server with a limit. Then one check at a time is made, and twice as many
+    after each that passes. At a single-use service fewer mails are sent at once: one more after each check that
+    passes, and one more after each round of answers while the service is not full. Full is not down.
     """
 
     def __init__(self, pool: Pool, enabled: bool) -> None:
-        self.pool, self.enabled = pool, enabled  # from a first failure on, if not before
-        self.running: dict[Connection, Any] = {}  # each check and its greenlet
-        #: Checks at once, or mails of single use: fewer while the service is full.
+        self.pool, self.enabled = pool, enabled  # under spawn(8) enabled by the first failed mail
+        self.running: dict[Connection, Any] = {}  # each check and its greenlet, the eldest first
+        #: Checks at once, or mails at once at a single-use service: fewer while the service is full.
         self.at_once = float(pool.service.max)
-        self.full = 0  # how many connections it served when it was found full; 0: it is not
-        self.heard_more = False  # the last check had more than its answer: perhaps it speaks before it is asked
+        self.full = 0  # how many connections the service served when it was found full; 0: it is not full
+        self.heard_more = False  # more than an answer came to the last check: the server may speak before it is asked
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
-        self.fastest = math.inf  # seconds that a check took at least, since the service was down last
-        self._began = self._failed_at = -math.inf  # the last check, and the last that failed (monotonic seconds)
+        self.fastest = math.inf  # seconds of the fastest check since the service was last down
+        self._began = self._failed_at = -math.inf  # when the last check, and the last that failed, began
 
     def spawn(self, check: Connection) -> Any:
-        """Run a check in a greenlet of its own."""
+        """Run a check in a greenlet of its own, and return that."""
         return gevent.spawn(self._run, check)
 
     def growing(self, now: float, patience: float = PATIENCE) -> bool:
-        """Tell whether a request that waits for so many seconds may expect a new connection."""
+        """Return whether a request that waits for so many seconds may expect a new connection."""
         if self.running:
             return not self.full and now - asked_first(self.running) <= patience
         return self.enabled and self.pool.room > 0 and not self._too_early(now)
 
     def restarts(self, now: float) -> bool:
-        """Tell whether a service that is down went down so lately that it may only restart."""
+        """Return whether a service that is down went down so lately that it may just be restarting."""
         return now - self.pool.service.since < 2 * BACKOFF_FIRST
 
     def _too_early(self, now: float) -> bool:
-        """Tell whether it is too early for a check: one failed, and the service is down, or serves what is open."""
+        """Return whether it is too early for a check: one failed, and the service is down, or may be full."""
         seconds = BACKOFF_FIRST if self.pool.open else 0.0
         if self.pool.service.state is DOWN:
             pace = SOON if self.restarts(now) else BACKOFF_FIRST
@@ -1356,22 +1351,22 @@ class Checker:
         return now < self._failed_at + seconds
 
     def due(self, now: float) -> bool:
-        """Tell whether a check is due that no request waits for."""
+        """Return whether a check is due that no request waits for."""
         pool, service, ago = self.pool, self.pool.service, now - self._began
-        return (service.failed_at > self._began  # mail did, and the check is to tell why
+        return (service.failed_at > self._began  # a mail failed, and a check decides what that means
                 or (ago > BACKOFF_FIRST and pool.use is CHECKED and not pool.open)
                 or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
                 or (ago > service.stall and pool.stalled(now)))  # fmt: skip
 
     def grow(self, now: float, more: bool = False) -> None:
-        """Start the checks that are due: as many as requests wait for, or one more; one where the service is down.
+        """Start checks: one for each request that waits; one more if `more`, or if a check is due; one if down.
 
-        One more, too, where they have been waiting for long, and requests wait, or no service is up.
+        Also one more if the running checks are late, and requests wait or no service is up: the running checks may have
+        met workers that hang. Not at a full server: it would still serve each check that we give up.
         """
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        # those that run may have met workers that hang; a full server answers each one, also those that we have left
         late = running > 0 and now - self._began > UNANSWERED
         stuck = late and not self.full and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
@@ -1380,16 +1375,16 @@ class Checker:
         number = min(max(asked, running + one_more), (1 if down else int(self.at_once)) + stuck)
         if stuck:
             pool.connector.rotate()
-            if running > 1 and (running >= number or not pool.room):  # not all, of a server that is slow
-                *others, _ = self.running
-                self.stop(*others)  # the youngest
+            if running > 1 and (running >= number or not pool.room):
+                *elder, _ = self.running
+                self.stop(*elder)  # stops the youngest; the elder ones go on, as the server may only be slow
         for _ in range(min(number - len(self.running), pool.room)):
             self._began = now
             check = Connection(pool, now)
             self.running[check] = self.spawn(check)
 
     def _run(self, check: Connection) -> None:
-        kept = check  # compiled, nothing else holds it once stop() has dropped it
+        kept = check  # in compiled code an argument is not held, and stop() drops the last reference
         try:
             said, _ = kept.check()
             self.passed(check, said, time.monotonic())
@@ -1401,12 +1396,12 @@ class Checker:
                 kept.close()
 
     def stop(self, *but: Connection) -> None:
-        """Close the checks that are running, but for some: they say nothing of the service now."""
+        """Stop the running checks but for some: they say nothing of the service any more."""
         for check in [check for check in self.running if check not in but]:
             self.running.pop(check).kill(block=False)
 
     def passed(self, check: Connection, said: str, now: float) -> None:
-        """Take in a connection whose check was answered; what it said after that decides how it is used."""
+        """Take in a connection whose check was answered; what it said behind the answer decides how it is used."""
         if self.running.pop(check, None) is None:
             return
         pool = self.pool
@@ -1416,12 +1411,13 @@ class Checker:
             pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until
         if single and pool.use is not SINGLE_USE:
-            self._began = now - UNHEARD + BACKOFF_FIRST  # once proves little: soon again
+            self._began = now - UNHEARD + BACKOFF_FIRST  # once proves little: the next check is due soon
             pool.use = CHECKED
             pool.use_once()
         else:
             self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
         self.full = self.full if self.at_once < pool.service.max else 0
+        # what began long before this check and is not answered may have met a worker that hangs
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
         pool.passed_at = min(pool.passed_at, now)
         pool.service.check_passed(now)
@@ -1441,33 +1437,33 @@ class Checker:
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
             self.reason = reason
-            if pool.queue.balancer.up:  # a server that was stopped answers the check that waits when it goes on
+            if pool.queue.balancer.up:  # a stopped server answers at once when it goes on: a check is to wait there
                 self.backoff = BACKOFF_FIRST if reason is LATE else min(BACKOFF_MAX, 2 * self.backoff)
             pool.queue.balancer.update()
-            for waiter in pool.waiting:  # until its check failed
+            for waiter in pool.waiting:  # each waited for this check, and chooses again
                 waiter.woken.set()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
-            service.check_answered(check.since, now)  # as ever: mail is the judge
+            service.check_answered(check.since, now)  # the service answers mail and no checks: it is alive
         elif reason is not UNREACHABLE and self._serves(check, reason):
             self.found_full(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
-        elif (reason is LATE  # else those that began with it are to tell
+        elif (reason is LATE  # else a check that began together with this one may still pass
               or not any(0 <= check.since - other.since <= UNANSWERED for other in self.running)):  # fmt: skip
             self.reason = reason
             service.turn(DOWN, f'its check: {reason}, {failure}', now)
 
     def _serves(self, check: Connection, reason: str) -> bool:
-        """Tell whether the service serves others though a check failed."""
+        """Return whether the service serves other connections, though a check failed."""
         heard = self.pool.service.heard_at - check.since
         if reason is LATE:
             return heard > 0
-        # what was used once is closed by now, and a full server may free its place a moment later
+        # single-use connections are closed by now, and a full server may free the place of one a moment later
         lately = self.pool.use is SINGLE_USE and heard > (-GIVE_UP if self.full else 0)
         return lately or self.pool.look() > 0 or self.answered > 0
 
     @property
     def answered(self) -> int:
-        """Checks that are answered, and about to pass."""
+        """How many checks are answered, and are to pass after QUIET."""
         return sum(check.used > 0 for check in self.running)
 
     def reset(self, now: float) -> None:
@@ -1476,18 +1472,18 @@ class Checker:
         self.at_once, self.full, self._failed_at, self.fastest = float(self.pool.service.max), 0, now, math.inf
 
     def lower(self) -> None:
-        """Allow fewer at once, as one more was not served: mails, where the service is single use, else checks."""
+        """Allow fewer at once, as one more was not served: mails if the service is single use, else checks."""
         busy = len(self.pool.busy)
         if self.pool.use is not SINGLE_USE:
             self.at_once = 1.0
-        elif busy:  # else nobody took its place
+        elif busy:  # without other mail no limit can have been met
             self.at_once = max(1.0, min(busy, self.at_once) - 1)
 
     def found_full(self, why: str) -> None:
-        """Note that no more connections are served than are now."""
+        """Record that the service serves no more connections than it does now."""
         self.lower()
         if self.answered:
-            return  # that are to be counted, too
+            return  # these are served, too: they are counted next time
         pool, known = self.pool, self.full
         self.full = max(1, pool.look())
         if not known and self.full < pool.service.max:
@@ -1497,8 +1493,8 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        slow = max(UNANSWERED, 2 * self.fastest)  # the first answer of a connection may take its time
-        hung = not self.answered and self.pool.service.newest - began > slow  # else it stops the elder ones
+        slow = max(UNANSWERED, 2 * self.fastest)  # a server may take long for the first answer of a connection
+        hung = not self.answered and self.pool.service.newest - began > slow  # an answered check stops the elder ones
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
             self.stop(next(iter(self.running)))
@@ -1509,26 +1505,26 @@ class Pool:
     """The connections to one service: it decides which one a request gets.
 
     A connection is busy with one query, held, idle, or closed; one on which a query was abandoned is closed. It is held
-    by the message that it answered, which may ask more: a server may remember messages by connection. Of the idle ones
-    the last used is the first taken, so that the others can end.
+    by the message that it answered, which may ask more: a server may remember messages by connection. The idle
+    connection that was used last is taken first, so that the others can end.
     """
 
     def __init__(self, service: Service, queue: Queue, checked: bool) -> None:
         self.service, self.queue = service, queue
         self.use = CHECKED if checked else UNCHECKED
         self.places = service.max  # mails at once
-        self.waiting: list[Waiter] = []  # requests that wait for a connection of it, first come first
-        self.idle: list[Connection] = []  # the most recently used last; behind a retry the least used
+        self.waiting: list[Waiter] = []  # requests that wait for a connection of this pool, first come first
+        self.idle: list[Connection] = []  # the most recently used last; after a retry the least used last
         self.held: dict[Connection, None] = {}  # the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
-        self.passed_at = math.inf  # when a check passed first since a connection was given up
-        self.once_until = 0.0  # until when each connection carries one mail, as the server said more than an answer
+        self.passed_at = math.inf  # when the first check passed since a connection was given up
+        self.once_until = 0.0  # until then each connection carries one mail, as the server sent more than an answer
         self.connector = Connector(service.address, min(CONNECT_TIMEOUT, service.timeout), self.report)
         self.checker = Checker(self, checked)
 
     @property
     def open(self) -> int:
-        """Connections that are open, or about to be, without those that are checked."""
+        """How many connections are open, or about to be opened by a mail; running checks are not among them."""
         return len(self.idle) + len(self.held) + len(self.busy)
 
     @property
@@ -1538,7 +1534,7 @@ class Pool:
 
     @property
     def opens(self) -> bool:
-        """Whether a mail may open a connection, without a check: see Balancer.update() for a service that is down."""
+        """Whether a mail may open a connection without a check; if the service is down, Balancer.update() says why."""
         if self.use is SINGLE_USE and len(self.busy) + 1 > self.checker.at_once:
             return False
         return self.room > 0 and (self.use is not CHECKED or self.service.state is DOWN)
@@ -1552,9 +1548,9 @@ class Pool:
         return len(self.idle) + len(self.held) + len(busy)
 
     def admits(self, waited: float, now: float) -> bool:
-        """Tell whether a request may wait for it which has waited for so many seconds.
+        """Return whether a request that has waited for so many seconds may go on waiting for this service.
 
-        For one that is on trial where a place is free, or while its answer can be expected: it was well until now.
+        On trial: if a place is free, or while the answer may soon come that ends the trial.
         """
         if self.service.state is UP or len(self.busy) + len(self.waiting) < self.places:
             return True
@@ -1562,39 +1558,39 @@ class Pool:
         return self.places > 0 and now - asked < TRIAL_PATIENCE - waited
 
     def ready(self, now: float, patience: float = PATIENCE) -> bool:
-        """Tell whether it has a connection for a request, or will have one for a request that waits for so long."""
+        """Return whether it has a connection for a request, or may have one within the request's patience."""
         if len(self.busy) >= self.places:
             return False
-        there = bool(self.idle or self.held) or self.opens
-        return there or (self.use is CHECKED and self.checker.growing(now, patience))
+        has = bool(self.idle or self.held) or self.opens
+        return has or (self.use is CHECKED and self.checker.growing(now, patience))
 
     def stalled(self, now: float) -> bool:
-        """Tell whether mail is in flight and none was answered for `stall` seconds."""
+        """Return whether mail is in flight and none was answered for `stall` seconds."""
         service = self.service
         return now - service.answered_at > service.stall and now - asked_first(self.busy) > service.stall
 
     def take(self, client: Client, now: float) -> Connection | None:
         """Return a silent connection, busy from now on; None if there is none.
 
-        The one that answered the client's message last, or the most recently used one that no message holds, or the
-        longest idle one, if it may be held by a message: then the pool grows by one. One that needs its rest is left to
-        that while another does not.
+        The connection that answered the client's message last; else the most recently used one that no message holds;
+        else the longest idle one of those that a message holds: if that message may ask more, the pool grows by one. A
+        connection that needs a rest is taken only if all need one.
         """
         while len(self.busy) < self.places:
-            own, short = client.connection, False
+            own, taken = client.connection, False
             if own is not None and own.holder is client and own in self.held:
                 connection = own
                 del self.held[own]
             elif self.idle and not self.idle[-1].needs_rest(now):
                 connection = self.idle.pop()
             elif self.idle or (self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now))):
-                there = [*self.idle, *self.held]
-                connection = next((each for each in there if not each.needs_rest(now)), there[0])
-                if now >= connection.expires:  # given up: handed on and on it would never be closed
+                unused = [*self.idle, *self.held]
+                connection = next((each for each in unused if not each.needs_rest(now)), unused[0])
+                if now >= connection.expires:  # given up: it would be handed on from message to message for ever
                     self._close(connection)
                     continue
                 if connection in self.held:
-                    short = now - connection.idle_since < HOLD and self.open + len(self.checker.running) < MAX_IDLE
+                    taken = now - connection.idle_since < HOLD and self.open + len(self.checker.running) < MAX_IDLE
                 self._remove(connection)
             elif self.opens:
                 connection = Connection(self, now)
@@ -1606,38 +1602,36 @@ class Pool:
                 continue
             connection.since = now
             self.busy[connection] = None
-            if short:
+            if taken:
                 self.checker.grow(now, more=True)
             return connection
         return None
 
     def answered(self, connection: Connection, action: bytes, reuse: bool, now: float) -> None:
         """Take back a connection whose mail was answered; close it if it is not to be used again."""
-        current = self.busy.pop(connection, self) is None  # and not from before the service went down
+        current = self.busy.pop(connection, self) is None  # else the service went down after the mail was sent
         self.service.answered(action, connection.since, current, now)
         connection.idle_since = now
-        keep = reuse and current
+        keep = reuse and current and not connection.spent
         if self.use is not CHECKED:
             keep = keep and self.use is UNCHECKED and now > self.once_until
-            if self.use is SINGLE_USE and not self.checker.full:  # else one more with each check
+            if self.use is SINGLE_USE and not self.checker.full:  # if it is full, one more for each passed check
                 self.checker.at_once = min(self.checker.at_once + 1 / self.checker.at_once, self.service.max)
-        if connection.spent:
-            keep = False
-            if connection.spent is SURPLUS and current:
-                self.said_more('more than one answer to a request', now)
+        if connection.spent is SURPLUS and current:
+            self.said_more('more than one answer to a request', now)
         self._release(connection, keep, now)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
-        """Close a connection whose mail was not answered: a check is to tell whether the service is well."""
+        """Close a connection whose mail was not answered, and start a check."""
         service = self.service
         service.failures[failure.reason] += 1
         service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
-        if self.busy.pop(connection, self) is None:  # and not from before it went down
+        if self.busy.pop(connection, self) is None:  # else the service went down after the mail was sent
             service.failed_at, alone = now, self.queue.balancer.up == (service.state is UP)
-            if failure.reason not in (REFUSED, UNREACHABLE):  # else a check tells the same, or it was this one alone
+            if failure.reason not in (REFUSED, UNREACHABLE):  # else a check shows whether others are refused, too
                 service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
             elif not self.checker.enabled:
-                service.turn(DOWN, failure.reason, now)  # this mail is to get the default action
+                service.turn(DOWN, failure.reason, now)  # so that this mail gets --default, not --failed
             self.checker.enabled = True  # under spawn(8), too
             self.checker.grow(now)
             if alone:
@@ -1645,7 +1639,7 @@ class Pool:
         self._release(connection, False, now)
 
     def give_back(self, connection: Connection, unused: bool) -> None:
-        """Take back a connection whose request was abandoned, and close it, unless it was not used at all."""
+        """Take back a connection whose request was abandoned; close it, unless the request was not sent."""
         self._release(connection, self.busy.pop(connection, self) is None and unused, time.monotonic())
 
     def _release(self, connection: Connection, keep: bool, now: float) -> None:
@@ -1659,14 +1653,14 @@ class Pool:
             self.queue.hand_over(self, now)
 
     def let_go(self, connection: Connection, client: Client, now: float) -> None:
-        """End the hold of a message on a connection: its client asks for another, or left."""
+        """End the hold of a message on a connection: the client asks about another message, or left."""
         if connection.holder is client:
             connection.holder = None
             if self.held.pop(connection, self) is None:
                 self._release(connection, True, now)
 
     def drop(self, connection: Connection, said: str) -> None:
-        """Close an idle connection that ended, or said what nobody asked for."""
+        """Close an idle connection that ended, or sent what nobody asked for."""
         self._close(connection)
         if said is SURPLUS:
             self.said_more('what nobody asked for', time.monotonic())
@@ -1681,20 +1675,20 @@ class Pool:
             connection.close()
 
     def reset(self) -> None:
-        """Close what is idle, and forget what is busy: the service went down."""
+        """Close the idle connections, and forget the busy ones: the service went down."""
         self._close(*self.idle, *self.held)
         self.busy.clear()
         self.use = CHECKED
 
     def said_more(self, what: str, now: float) -> None:
-        """Use each connection for one mail only, for a while: the server said more than an answer."""
+        """Use each connection for one mail, for ONCE: the server sent more than an answer."""
         if now >= self.once_until:
             self.report(f'sent {what}: for {ONCE:.0f}s each of its connections is used once')
         self.once_until = now + ONCE
         self.use_once()
 
     def use_once(self) -> None:
-        """Use each connection for one mail only, until a check tells otherwise; as many at once as are served now."""
+        """Use each connection for one mail, until a later check decides anew; as many at once as are served now."""
         if self.use is CHECKED:
             self.use, self.checker.at_once = SINGLE_USE, max(1.0, self.open + self.checker.answered)
             self.checker.stop()
@@ -1703,18 +1697,18 @@ class Pool:
     def prune(self, now: float) -> None:
         """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker.
 
-        So is the longest open one, of the idle ones if there are any, once a check has passed since the last. What a
-        message holds is closed when it ends, or pauses.
+        Under load one connection is given up from time to time: the longest open of the idle ones, or of all if none is
+        idle. A connection that a message holds is closed when the message ends, or pauses.
         """
-        there = [*self.idle, *self.held, *self.busy]
-        # a check may have waited for a child: no mail did
+        connections = [*self.idle, *self.held, *self.busy]
+        # the fastest check may have waited for a child to be free; the fastest mail did not
         pace = max(GIVE_UP, 10 * min(self.checker.fastest, self.service.tally.least))
         keep = not (self.waiting or self.checker.full or self.room <= 0)  # without room no check can find it full
-        if now - self.passed_at >= pace and len(there) > keep:
+        if now - self.passed_at >= pace and len(connections) > keep:
             self.passed_at = math.inf
-            min(self.idle or there, key=lambda connection: connection.expires).expires = now
+            min(self.idle or connections, key=lambda connection: connection.expires).expires = now
             if self.checker.full:
-                self.checker.stop()  # others are before us in the server's backlog from now on
+                self.checker.stop()  # a check in the server's backlog would take the child before others can
         for connection in [*self.idle, *self.held]:
             expired = now >= connection.expires
             at_most = SPARE_IDLE if expired or self.open > 1 or self.checker.full else UNHEARD
@@ -1722,7 +1716,7 @@ class Pool:
                 self._close(connection)
 
     def report(self, text: str) -> None:
-        """Log what concerns this service."""
+        """Log a warning about this service."""
         self.queue.log(WARNING, f'{self.service} {text}')
 
     def trace(self, what: str) -> None:
@@ -1738,8 +1732,8 @@ class Waiter:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.connection: Connection | None = None  # what it got
-        self.pools: list[Pool] = []  # those that it waits for: none when it is done
+        self.connection: Connection | None = None  # the one that it got
+        self.pools: list[Pool] = []  # the pools that it waits for: none when it is done
         self.woken = gevent.event.Event()
 
     def leave(self) -> None:
@@ -1753,8 +1747,8 @@ class Queue:
 
     def __init__(self, services: Sequence[Service], log: Log, checked: bool = True) -> None:
         self.log = log
-        #: Seconds that a connection is used at most. Under spawn(8) other processes may wait for the server's few
-        #: children, and each has no other connection to give up.
+        #: Seconds that a connection is used at most. Under spawn(8) each process has one connection to give up, and
+        #: another process may wait for the server's few children.
         self.max_age = MAX_AGE if checked else GIVE_UP
         self.pools = {service: Pool(service, self, checked) for service in services}
         self.balancer = Balancer(self.pools.values())
@@ -1763,9 +1757,9 @@ class Queue:
 
     def wait(self, client: Client, first: Pool | None, tried: Sequence[Pool], deadline: float,
              since: float) -> Connection | None:  # fmt: skip
-        """Return a connection of a service that was not tried; None if there is none, or none in time.
+        """Return a connection of a service that was not tried; None if there is no such service, or none in time.
 
-        The first is what the balancer chose: it is waited for alone, for a moment.
+        `first` is what the balancer chose: the request waits for that pool alone at first.
         """
         waiter, now = Waiter(client), since
         try:
@@ -1774,20 +1768,20 @@ class Queue:
                 if waiter.connection is None:
                     ends = [since + each for each in (PATIENCE, TRIAL_PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE)]
                     waiter.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
-                if waiter.connection is not None and waiter.connection in waiter.connection.pool.busy:
-                    break
-                if waiter.connection is not None:  # its service went down before we ran
-                    waiter.connection.close()
+                if waiter.connection is not None:
+                    if waiter.connection in waiter.connection.pool.busy:
+                        return waiter.connection
+                    waiter.connection.close()  # its service went down before we ran
                     waiter.connection = None
                 waiter.woken.clear()
                 now = time.monotonic()
-        except BaseException:  # its client left
-            if waiter.connection is not None:  # handed over in the same moment
+            return None
+        except BaseException:  # the client left
+            if waiter.connection is not None:  # it was handed over in the same moment
                 waiter.connection.pool.give_back(waiter.connection, unused=waiter.connection.poll is not None)
             raise
         finally:
             waiter.leave()
-        return waiter.connection
 
     def _join(self, waiter: Waiter, pools: Sequence[Pool], now: float) -> None:
         for pool in pools:
@@ -1799,8 +1793,8 @@ class Queue:
                 self.hand_over(pool, now)
 
     def hand_over(self, pool: Pool, now: float) -> None:
-        """Give what the pool has to those who wait for it, and let it grow for the rest."""
-        if pool.use is SINGLE_USE and pool.checker.due(now):  # before mail takes the place
+        """Give the pool's connections to the requests that wait for them, and start checks for the rest."""
+        if pool.use is SINGLE_USE and pool.checker.due(now):  # before mail takes all places
             pool.checker.grow(now)
         while pool.waiting:
             waiter = pool.waiting[0]
@@ -1813,7 +1807,7 @@ class Queue:
     def hurry(self, now: float) -> None:
         """Check the services that are down: the last one that is up failed, and one of them may be back.
 
-        Once a second at most, as the backoff begins anew: a stranger may send mail that fails again and again.
+        Once a second at most, as the backoff begins anew: a stranger can send mail that fails again and again.
         """
         for pool in self.pools.values():
             if pool.service.state is DOWN:
@@ -1821,7 +1815,7 @@ class Queue:
                 pool.checker.grow(now)
 
     def changed(self, service: Service, text: str, now: float) -> None:
-        """Do what follows from a change of a service's state: a request that it concerns chooses again."""
+        """Do what follows from a change of a service's state: the requests that it concerns choose again."""
         self.log(WARNING, text)
         pool = self.pools[service]
         self.balancer.update()
