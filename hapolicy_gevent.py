@@ -1853,23 +1853,23 @@ class Client(Wire):
         self._buffer = RequestBuffer()
         self.ended = False  # it will send nothing more, or we have sent our end
         self.closing = False  # its next answer is its last
-        self._leaving = False  # it is closed now, if it has begun nothing
+        self._leaving = False  # it is closed now, unless a request has begun
         self.asked = time.monotonic()  # when its last request came
-        self.key = b''  # of its request, by which Sticky orders the services
-        self.instance = b''  # of its message,
-        self.connection: Connection | None = None  # and what answered that last
-        self.unsent = b''  # of an answer
+        self.key = b''  # the key of that request, by which Sticky orders the services
+        self.instance = b''  # the message that it asks about
+        self.connection: Connection | None = None  # the connection that answered this message last
+        self.unsent = b''  # the rest of an answer
         super().__init__(sock)
 
     def unexpected(self) -> None:
-        # a request is under way: pipelined bytes, half a close, or a reset
+        # while a request is served: the next request, the end of what it sends, or a reset
         try:
             self._take_in(self._recv(RECEIVE) or None)
         except BlockingIOError:
             pass
         except OSError:
             self.pause()
-            self.user.throw(ClientFault(RESET))  # wherever it waits: for a service, most likely
+            self.user.throw(ClientFault(RESET))  # wherever its greenlet waits: for a service, most likely
         if self.ended or len(self._buffer.data) > MAX_MESSAGE:
             self.pause()
 
@@ -1880,19 +1880,19 @@ class Client(Wire):
             self._buffer.data += data
 
     def request(self, seconds: float) -> bytes | None:
-        """Return the next request, None at the client's end; idle is free, a request begun has so many seconds.
+        """Return the next request, None at the client's end. Raises ClientFault, OSError.
 
-        Raises ClientFault, OSError.
+        A client may be idle as long as it likes; a request that has begun has to be complete within so many seconds.
         """
         buffer = self._buffer
         request = None
         if buffer.data:
-            gevent.sleep(0)  # one that pipelines lets the others have their turn
+            gevent.sleep(0)  # a client that sent several requests lets the others have their turn
             request = buffer.take()
         while not (buffer.data or request or self.ended):
             data = self.receive()
             if data:
-                # no other end before its own: rpartition() finds that in half the time of partition()
+                # the only empty line is the last one: rpartition() sees that in half the time of partition()
                 whole = data[-2:] == b'\n\n' and not data[:-1].rpartition(b'\n\n')[1]
                 if whole and CR not in data and data[0] != LF:
                     return data  # one request and no more, as nearly always
@@ -1914,7 +1914,7 @@ class Client(Wire):
         raise ClientFault(CUT_OFF, f'{len(self._buffer.data)} bytes')
 
     def answer(self, action: bytes) -> None:
-        """Send what the kernel takes of an answer now; the rest is left to finish_answer(), as all errors are."""
+        """Send what the kernel takes of an answer now; finish_answer() sends the rest, and meets the errors."""
         answer = b'action=' + action + b'\n\n'
         try:
             self.unsent = answer if self.closing else self.send(answer)
@@ -1922,10 +1922,10 @@ class Client(Wire):
             self.unsent = answer
 
     def finish_answer(self, seconds: float) -> None:
-        """Send the rest of an answer, within so many seconds, and after the last one our end.
+        """Send the rest of an answer, within so many seconds, and our end behind the last answer.
 
-        Both in one segment, where there are segments, so that Postfix, which looks before it writes, can not send a
-        request into a closed connection. Raises ClientFault, OSError.
+        By TCP both are in one segment: Postfix looks for an end before it sends a request, and so never sends one into
+        a closed connection. Raises ClientFault, OSError.
         """
         last = self.closing and not self._buffer.data and not self.ended
         if last and self.socket.family != socket.AF_UNIX:
@@ -1934,14 +1934,14 @@ class Client(Wire):
             self.socket.sendall(self.send(self.unsent))
         self.unsent = b''
         if last and self.socket.family == socket.AF_UNIX:
-            self.unexpected()  # the answer is there before our end is: who has asked meanwhile is answered
+            self.unexpected()  # the answer arrived before our end will: a request sent meanwhile is answered
             last = not self._buffer.data and not self.ended
         if last:
             self.ended = True
             self.socket.shutdown(socket.SHUT_WR)
 
     def drain(self, now: float) -> None:
-        """Close the connection with its next answer; now, if it is idle and none is expected soon."""
+        """Close the connection with its next answer; now if it is idle, and no request is expected soon."""
         self.closing = True
         if self._waits and not self._buffer.data and now - self.asked > LINGER:
             self._leaving = True
@@ -1953,7 +1953,7 @@ class Proxy:
 
     def __init__(self, services: Sequence[Service], default: bytes, failed: bytes, deadline: float, log: Log,
                  checked: bool = True) -> None:  # fmt: skip
-        """Checked: from the start, as there are many clients; else a service is checked once mail failed at it."""
+        """Checked: from the start, as there are many clients; else a service is checked after mail has failed there."""
         self.statistics = Statistics()
         self.queue = Queue(services, log, checked)
         self.pools, self._balancer = self.queue.pools, self.queue.balancer
@@ -1961,15 +1961,15 @@ class Proxy:
         self.draining = False
         self._default, self._failed, self._log = default, failed, log
         self._deadline = deadline - TOO_SHORT  # seconds, for a request
-        #: Default actions that are logged once in ten seconds and not one by one, by reason: how many were.
+        #: Reasons whose default actions are logged by number, every ten seconds; how many of each are logged.
         self._logged = {NO_SERVICE: 0, NOT_POLICY: 0}
-        self.stalled: dict[Service, float] = {}  # and since when each has not answered (monotonic seconds)
+        self.stalled: dict[Service, float] = {}  # since when each stalled service has not answered (monotonic seconds)
         gevent.spawn(self._keep, TICK if checked else 1.0)
 
     # -- deciding
 
     def decide(self, request: bytes, client: Client, now: float) -> Decision:
-        """Answer a request that came `now`, always, and before the deadline. Raises ClientFault alone."""
+        """Answer a request that came `now`, always, and before the deadline. Raises nothing but ClientFault."""
         self.statistics.requests += 1
         instance = instance_of(request)
         if instance is None:
@@ -2022,33 +2022,32 @@ class Proxy:
                 except ServiceFailure as fault:
                     single = pool.use is SINGLE_USE and fault.reason in (DROPPED, REFUSED)
                     if retried or connection not in pool.busy or not (single or isinstance(fault, Ended)):
-                        raise  # the second: the service has gone down meanwhile
+                        raise  # not busy: the service went down meanwhile
                     retried, used = True, connection.used
                     self.statistics.retries += 1
                     connection = self._retry(connection, client, deadline, tried)
+        except ClientFault:
+            pool.give_back(connection, unused=False)
+            raise
         except Exception as error:  # a fault of ours costs a redispatch, not the mail
-            now = time.monotonic()
-            if isinstance(error, ClientFault):
-                pool.give_back(connection, unused=False)
-                raise
             failure = error if isinstance(error, ServiceFailure) else ServiceFailure(INTERNAL, repr(error))
             pool.report(f'failed: {failure.reason}, {failure}, instance: {printable(client.instance)}')
-            pool.failed(connection, failure, now)
+            pool.failed(connection, failure, time.monotonic())
             raise failure from None
         now, gone = time.monotonic(), client.ended
-        client.answer(action)  # first: what follows would be a tenth of the latency that we add
+        client.answer(action)  # before all else, which would be a tenth of the latency that we add
         client.connection, connection.holder = connection, client if client.instance else None
-        if used == 1 and connection in pool.busy:  # what ended had answered its check alone
+        if used == 1 and connection in pool.busy:  # the connection that ended had answered nothing but its check
             pool.use_once()
-        # a client that had hung up may never read this: nothing more on that connection
+        # the client may have hung up, and abandoned this request: its connection is not used again
         pool.answered(connection, action, not gone, now)
         return action
 
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Sequence[Pool]) -> Connection:
-        """Return what is to carry a request to the same service, in place of a connection that ended.
+        """Return a connection that carries a request to the same service, in place of one that ended.
 
-        A new one, on its place: the first answer on that is its own. If an idle one has given fewer answers, that one,
-        as the server may end each after so many; if the service is full, what comes free. Raises ServiceFailure.
+        A new connection without a check, in the same place. But if an idle one has given fewer answers, that one: the
+        server may end each after so many answers. If the service is full, one that comes free. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
         pool.idle.sort(key=lambda each: each.used, reverse=True)  # the last is taken
@@ -2057,7 +2056,7 @@ class Proxy:
             connection.reopen()
             return connection
         pool.busy.pop(connection, None)
-        if not connection.used:  # single use, and perhaps it has a limit: a check is to tell
+        if not connection.used:  # single use, and the server may have a limit: a check finds out
             pool.checker.lower()
             pool.checker.grow(now, more=True)
         pool.give_back(connection, unused=False)
@@ -2070,8 +2069,8 @@ class Proxy:
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,
                       tried: Sequence[Pool]) -> Decision:  # fmt: skip
-        able = any(pool.service.state is not DOWN for pool in self.pools.values())
-        action = self._failed if tried and able else self._default
+        any_up = any(pool.service.state is not DOWN for pool in self.pools.values())
+        action = self._failed if tried and any_up else self._default
         client.answer(action)
         self.statistics.defaults[reason] += 1
         why = f'default, {reason}' + (f', last: {failure.reason}' if failure is not None else '')
@@ -2082,7 +2081,7 @@ class Proxy:
     # -- serving
 
     def handle(self, sock: socket.socket, address: tuple[Any, ...] | str = '') -> None:
-        """Serve one client until it leaves, breaks the protocol, or we drain."""
+        """Serve one client until it leaves or breaks the protocol, or we drain."""
         client = Client(sock)
         client.closing = self.draining
         self.clients.add(client)
@@ -2090,17 +2089,15 @@ class Proxy:
         try:
             self._serve(client)
         except (ClientFault, OSError) as error:
-            self._refuse(error if isinstance(error, ClientFault) else ClientFault(RESET), address)
+            fault = error if isinstance(error, ClientFault) else ClientFault(RESET)
+            self.statistics.refused[fault.reason] += 1
+            where = f' from {address[0]}:{address[1]}' if isinstance(address, tuple) else ''  # '': a unix socket
+            self._log(WARNING if fault.reason is TOO_LONG else NOTICE, f'Client connection closed{where}: {fault}')
         finally:
             self.clients.discard(client)
             if client.connection is not None:
                 client.connection.pool.let_go(client.connection, client, time.monotonic())
             client.close()
-
-    def _refuse(self, fault: ClientFault, address: tuple[Any, ...] | str) -> None:
-        self.statistics.refused[fault.reason] += 1
-        where = f' from {address[0]}:{address[1]}' if isinstance(address, tuple) else ''  # else of a unix socket
-        self._log(WARNING if fault.reason is TOO_LONG else NOTICE, f'Client connection closed{where}: {fault}')
 
     def _serve(self, client: Client) -> None:
         log = self._log
@@ -2127,7 +2124,7 @@ class Proxy:
         """Close every client between two requests; return False if some were left after so many seconds."""
         self.draining = True
         give_up = time.monotonic() + seconds
-        gevent.sleep(0.001)  # lets those begin that were accepted a moment ago
+        gevent.sleep(0.001)  # the greenlets of clients that were accepted a moment ago begin
         while self.clients and (now := time.monotonic()) < give_up:
             for client in self.clients:
                 client.drain(now)
@@ -2150,7 +2147,7 @@ class Proxy:
                 if now - second >= 1:
                     second = now
                     self._each_second(now)
-            except Exception:  # a fault of ours costs one time, not all
+            except Exception:  # after a fault of ours the next round goes on
                 gevent.get_hub().handle_error(self, *sys.exc_info())
 
     def _each_second(self, now: float) -> None:
@@ -2179,7 +2176,7 @@ class Proxy:
                 self._log(level, f"Default action '{printable(self._default)}' given {given - logged} times: {reason}")
 
     def summarize(self, seconds: float) -> None:
-        """Log a summary so often, and soon after a service has stalled, for ever."""
+        """Log a summary every so many seconds, and within a second after a service has stalled, for ever."""
         while True:
             before, known, end = sample(self), {*self.stalled}, time.monotonic() + seconds
             while known.issuperset(self.stalled) and (left := end - time.monotonic()) > 0:
@@ -2191,11 +2188,11 @@ class Proxy:
 
     def waits(self, now: float) -> list[float]:
         """Return for how many seconds each request has waited that is not answered yet."""
-        return [now - client.asked for client in self.clients if not client._waits]  # for a next one
+        return [now - client.asked for client in self.clients if not client._waits]  # else for its next request
 
     def silence(self, pool: Pool, now: float) -> float:
-        """Return for how many seconds a service has given no answer that has mail in flight, or has stalled; else 0."""
-        asked = next(iter(pool.busy)).since if pool.busy else now
+        """Return for how many seconds a service with mail in flight, or a stalled one, has not answered; else 0."""
+        asked = min(now, asked_first(pool.busy))
         return now - self.stalled.get(pool.service, max(asked, pool.service.answered_at))
 
 
