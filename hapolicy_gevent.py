@@ -2202,13 +2202,13 @@ class Proxy:
 
 #: HTTP connections served at once, the seconds each may last, and bytes of a request's head.
 STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
-#: Seconds between two samples of the counters, and how many are kept: ten minutes. One minute of them.
+#: Seconds between two samples of the counters, and how many are kept: ten minutes. How many make a minute.
 SAMPLE_SECONDS, SAMPLES, MINUTE = 5.0, 121, 13
 
-#: Options that are not shown as settings; each service has a row of its own.
+#: Options that the status does not show as settings ('' is --); each service has a row of its own.
 NO_SETTINGS = ('', 'service', 'check_services', 'help', 'socket_mode', 'version')
 
-#: Method and path; also of a proxy, which sends the whole address.
+#: Method and path; a proxy sends a URL in place of the path.
 HTTP_REQUEST = rb'([!-~]+) (?:http://[^/ ]*)?(/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n'
 #: Headers of every answer. The page may use its own style and script, and what comes from us.
 HTTP_HEADERS = """\
@@ -2239,18 +2239,18 @@ class Status:
         self._samples = deque([sample(proxy)], maxlen=SAMPLES)
         self._latest: deque[socket.socket] = deque(maxlen=STATUS_CONNECTIONS)
         install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
-        #: By path: return the code of an answer, the type of its content, and that.
+        #: By path: returns the status code, the type and the content of an answer.
         self._pages: dict[bytes, Callable[[], tuple[str, str, bytes]]] = {
             b'/': lambda: ('200 OK', 'text/html', STATUS_PAGE.encode()),
             b'/status.json': lambda: ('200 OK', 'application/json', dumps(self.data()).encode()),
             b'/metrics': lambda: ('501 Not Implemented', 'text/plain', f'{install}, then restart hapolicy\n'.encode()),
             b'/health': self._health,
         }
-        with contextlib.suppress(ImportError):  # here: in the first scrape it would hold up mail for 0.1 s
+        with contextlib.suppress(ImportError):  # imported now: in the first scrape it would hold up mail for 0.1 s
             from prometheus_client import generate_latest
 
             self._pages[b'/metrics'] = lambda: ('200 OK', 'text/plain; version=0.0.4', generate_latest(self))
-        # built anew four times a second at most: mail does not pay for who asks too often
+        # each page is built four times a second at most, however often it is asked for: mail waits meanwhile
         self._built = functools.lru_cache(len(self._pages))(lambda build, _: build())
         style, script = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                          for text in re.findall(r'<(?:style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)]  # fmt: skip
@@ -2270,10 +2270,10 @@ class Status:
     def handle(self, sock: socket.socket, _address: object = None) -> None:
         """Answer one request and end: what StreamServer calls for each connection. Headers are skipped.
 
-        It ends, too, when too many others have come: a client that says nothing holds up no /health.
+        The connection that came STATUS_CONNECTIONS before is ended, too: silent clients must not hold up /health.
         """
         if len(self._latest) == STATUS_CONNECTIONS:
-            with contextlib.suppress(OSError):  # it has ended, as nearly always
+            with contextlib.suppress(OSError):  # nearly always it has ended already
                 self._latest[0].shutdown(socket.SHUT_RDWR)
         self._latest.append(sock)
         with sock, contextlib.suppress(OSError), gevent.Timeout(STATUS_SECONDS, TimeoutError()):
@@ -2316,7 +2316,7 @@ class Status:
     def _service(self, pool: Pool, minute: Counts, now: float) -> dict[str, Any]:
         service, stalled, silent = pool.service, pool.service in self._proxy.stalled, self._proxy.silence(pool, now)
         (seconds, _, total, _), (answered, failed, *counts) = minute[None], minute[service]
-        slow, taken = quantiles(counts, pool, now), [counted[service] for counted in self._samples]
+        times, samples = quantiles(counts, pool, now), [counted[service] for counted in self._samples]
         text, failure = f'since {ago(service.since)}: {service.why}', service.tally.last_failure
         if service.state is UP and (stalled or silent >= SILENT):
             text = f'without an answer since {ago(now - silent)}, {len(pool.busy)} requests in flight'
@@ -2324,15 +2324,15 @@ class Status:
             **{name: getattr(service, name) for name in ('name', 'prio', 'weight', 'timeout', 'max', 'state', 'why',
                                                          'queries', 'answers', 'failed', 'failures')},
             'address': str(service.address), 'text': text, 'since': unix(service.since), 'use': pool.use,
-            'up': service.state is not DOWN and pool.admits(0, now),  # or on trial, and a mail may try it
+            'up': service.state is not DOWN and pool.admits(0, now),  # on trial only if a mail may try it now
             'stalled': stalled, 'silent': round(silent, 3), 'verdicts': service.tally.verdicts,
             'full': pool.checker.full or None, 'last_failure': f'{ago(failure[0])}: {failure[1]}' if failure else None,
             'in_flight': len(pool.busy), 'idle_connections': len(pool.idle) + len(pool.held),
             'waiting': len(pool.waiting), 'checks': len(pool.checker.running),
-            'requests_per_second': round((answered + failed) / max(1.0, seconds), 2),  # of the first moments as of one
+            'requests_per_second': round((answered + failed) / max(1.0, seconds), 2),  # the first second counts whole
             'share': round(answered / total, 4) if total else None,
-            **slow, 'latency': [f'{name} {duration(bound)}' for name, bound in slow.items()],
-            'history': {name: [new[i] - old[i] for old, new in itertools.pairwise(taken)]
+            **times, 'latency': [f'{name} {duration(bound)}' for name, bound in times.items()],
+            'history': {name: [new[i] - old[i] for old, new in itertools.pairwise(samples)]
                         for i, name in enumerate(('answers', 'failed'))},
         }  # fmt: skip
 
@@ -2343,7 +2343,7 @@ class Status:
                    for row in services if row['state'] is not UP or row['stalled']]  # fmt: skip
         failing = [f'{service.name} failed {counts[1]} of {sum(counts[:2])} queries in the last minute.'
                    for service, counts in minute.items() if service and counts[1]]  # fmt: skip
-        up = sum(row['state'] is UP for row in services)  # that it has stalled is said behind
+        up = sum(row['state'] is UP for row in services)  # with the stalled ones, which the next sentences name
         said = [f'{up} of {len(services)} services are up.', *trouble[:3], *failing[:3]]
         if self._proxy.draining:
             said.insert(0, f'Draining: no new client is accepted, {len(self._proxy.clients)} are connected.')
@@ -2378,7 +2378,7 @@ class Status:
         yield seconds
 
 
-#: Kind, name, field of status.json and labels of each metric but the histogram; docs/operations.md says what it counts.
+#: Of each metric but the histogram: kind, name, field of status.json, labels; docs/operations.md says what it counts.
 METRICS: Sequence[tuple[str, str, str, list[str]]] = (
     *(('Counter', name, name, []) for name in ('requests', 'redispatches', 'retries', 'clients', 'log_lines_lost')),
     *(('Counter', name, name, ['reason']) for name in ('defaults', 'refused')),
@@ -2393,18 +2393,18 @@ METRICS: Sequence[tuple[str, str, str, list[str]]] = (
 
 
 def unix(then: float) -> float:
-    """Return monotonic seconds as unix seconds."""
+    """Return the unix seconds of monotonic seconds."""
     return round(time.time() - time.monotonic() + then, 3)
 
 
 def ago(then: float) -> str:
-    """Return when that was (monotonic seconds), as the log has it, and how long ago."""
+    """Return monotonic seconds as the log's date and time, and how long ago that was."""
     stamp = time.strftime('%b %e %H:%M:%S', time.localtime(unix(then)))
     return f'{stamp} ({duration(time.monotonic() - then)} ago)'
 
 
 def buckets(tally: Tally) -> list[tuple[str, int]]:
-    """Return a histogram as Prometheus has it: here with 1-2-5 bounds."""
+    """Return a histogram in Prometheus's form, with the 1-2-5 bounds alone."""
     counted = zip([*(f'{bound:g}' for bound in BOUNDS), '+Inf'], tally.read(), strict=True)
     return [(bound, count) for bound, count in counted if bound.strip('0.') in ('1', '2', '5', '+Inf')]
 
@@ -2441,7 +2441,7 @@ def parse_word(text: str, option: str, pattern: str, allowed: str) -> str:
 
 
 def parse_sticky(text: str, option: str) -> Sticky:
-    """Return the attributes that an option gives to send mail by to the same service. Raises UsageError."""
+    """Return the Sticky of the attributes that an option names. Raises UsageError."""
     attributes: list[tuple[str, Callable[[bytes], bytes] | None]] = []
     with blaming(f"{option} '{text}'", 'attributes of policy requests, as client_address/24/64,sender,recipient'):
         for word in text.split(','):
@@ -2459,7 +2459,7 @@ def parse_sticky(text: str, option: str) -> Sticky:
 #: What an action of access(5) begins with, if not with a reply code or a restriction.
 ACTIONS = {*VERDICT_OF, b'bcc', b'discard', b'filter', b'hold', b'info', b'redirect', b'relay', b'warn'}
 
-#: How the value of an option is read. The values of -s and --listen add up, of each other option the last one counts.
+#: What reads the value of each option. All values of -s and --listen count, of each other option the last one.
 PARSERS: dict[str, Callable[[str, str], Any]] = {
     '--service': lambda text, _: parse_service(text),
     '--listen': parse_listen,
@@ -2487,7 +2487,7 @@ def parse_command_line(argv: Sequence[str]) -> SimpleNamespace:
         given: dict[str, Any] = docopt(__doc__, list(argv), version=version)
     except DocoptExit as error:
         reason = str(error).partition('\n')[0]
-        if reason == 'Usage:':  # docopt gives none
+        if reason == 'Usage:':  # docopt names no reason
             unknown = [word for word in argv if (name := re.match('--[^=]+|-.', word)) and f' {name[0]}' not in __doc__]
             reason = (f"unknown option '{unknown[0]}'" if unknown else f"cannot use '{' '.join(argv)}': a word is no "
                       'option (quote values with blanks, and give each option its value)')  # fmt: skip
@@ -2513,7 +2513,7 @@ def is_client(fd: int) -> bool:
 
 
 def complain(text: str) -> None:
-    """Report what ends the start: one line on stderr, or in syslog where stderr is the client."""
+    """Report why the start has failed: one line on stderr, or in syslog where stderr is the client."""
     if is_client(2):
         Log('hapolicy').to_syslog([(WARNING, printable(text))])
     else:
@@ -2521,7 +2521,7 @@ def complain(text: str) -> None:
 
 
 def make_log(options: SimpleNamespace, server: bool) -> Log:
-    """Return the log as asked for; stdout and stderr are not used where they are the client."""
+    """Return the log that the options ask for; stdout and stderr are not used where they are the client."""
     ident, fd = options.name, 2 if server or os.isatty(2) else -1
     if options.stdout and (server or not is_client(1)):
         ident, fd = '', 1
@@ -2530,14 +2530,14 @@ def make_log(options: SimpleNamespace, server: bool) -> Log:
 
 def report_error(log: Log, context: object, kind: Any, value: Any, trace: Any) -> None:
     """Log what gevent would print on stderr: an accept() that failed, or an error of ours."""
-    if hasattr(context, 'do_read') and isinstance(value, OSError):  # a StreamServer
+    if hasattr(context, 'do_read') and isinstance(value, OSError):  # context is a StreamServer
         log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
     else:
         log(WARNING, printable('Internal error: ' + ''.join(traceback.format_exception(kind, value, trace))))
 
 
 def check_service(service: Service) -> tuple[Service, str, str]:
-    """Ask a service our own question; return 'answered' or 'FAILED', and in words what came."""
+    """Ask a service our own question; return it, 'answered' or 'FAILED', and in words what came."""
     connection = Connection(Queue([service], Log()).pools[service], began := time.monotonic())
     try:
         with gevent.Timeout(service.timeout, ServiceFailure(LATE, f'no answer within {service.timeout:g}s')):
@@ -2569,7 +2569,7 @@ def check_services(services: Sequence[Service]) -> int:
 def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
     """Return the listening sockets of --status and of all --listen. Raises OSError.
 
-    With --reuse-port another process goes on there if anything fails: paths are moved, and ports opened, last.
+    If one fails, a process that --reuse-port is to replace goes on: sockets are moved to their paths last.
     """
     wanted = dict.fromkeys(options.listen, '--listen') | ({options.status: '--status'} if options.status else {})
     opened: dict[Address, socket.socket] = {}
@@ -2587,9 +2587,9 @@ def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
 
 
 def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
-    """Return a socket that listens at a port, or beside a path where no socket is served, or with `reuse` any.
+    """Return a socket that listens at a port, or beside a path. Raises OSError, also for a served path without `reuse`.
 
-    It is moved there later: nobody meets it missing, with the wrong mode, or not served. Raises OSError.
+    It is moved to its path later, so that no client meets it missing, with the wrong mode, or not listening.
     """
     backlog = 1024  # a `postfix reload` brings all clients at once
     if address.family != socket.AF_UNIX:
@@ -2632,8 +2632,8 @@ def notify(state: str) -> None:
 def client_limit(options: SimpleNamespace, log: Log) -> int:
     """Raise the soft descriptor limit to the hard one; return how many clients to serve at once.
 
-    Each service may need its max of connections; the rest is for clients, and half at least. A further one could not
-    be answered.
+    Each service may need `max` connections. What is left is for clients, but at least half: there might be no
+    descriptor to answer a further client.
     """
     import resource
 
@@ -2650,10 +2650,10 @@ def client_limit(options: SimpleNamespace, log: Log) -> int:
 
 
 def review(options: SimpleNamespace, log: Log) -> None:
-    """Warn of what is allowed, but hardly meant; leave each request time for a second service, if there is one."""
+    """Warn of options that are allowed, but hardly meant; cut timeouts so that a request has time for two services."""
     if os.geteuid() == 0:
         log(WARNING, 'Started as root: run it as a user without privileges')
-    for action, option in {options.failed: '--failed', options.default: '--default'}.items():  # mostly the same
+    for action, option in {options.failed: '--failed', options.default: '--default'}.items():  # one, if they are equal
         if action.split()[0].lower() not in ACTIONS and verdict(action) is OTHER:
             log(WARNING, f"{option} '{printable(action)}' is no action of access(5), unless it names a restriction")
     longest = options.deadline / min(2, len(options.service))
@@ -2668,7 +2668,7 @@ def stop_signal() -> gevent.event.Event:
     asked = gevent.event.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, lambda: os._exit(1) if asked.is_set() else asked.set())
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to read anew, and mail in flight to lose
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is no configuration to read again, and mail is in flight
     return asked
 
 
@@ -2676,7 +2676,7 @@ def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) 
     """Serve the one client on stdin and stdout; return False if its answers could not all be given."""
     if is_client(1):
         served: Any = gevent.spawn(proxy.handle, socket.socket(fileno=os.dup(0)))
-    else:  # files, pipes or terminals cannot be waited for in the loop: threads copy from and to them
+    else:  # the loop cannot wait for files, pipes and terminals: threads copy from and to them
         log(NOTICE, 'Without --listen and sockets of systemd one client is served, on stdin')
         sock, far = socket.socketpair()
         for fd in (0, 1, far.fileno()):
@@ -2694,7 +2694,7 @@ def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) 
 
 
 def copy(source: int, target: int) -> bool:
-    """Write what is read until its end, in a thread; return whether that was all."""
+    """Copy all that can be read, in a thread of its own; return whether all of it was written."""
     with contextlib.suppress(OSError):
         while data := os.read(source, RECEIVE):
             while data:
@@ -2708,7 +2708,7 @@ def start_server(listener: socket.socket, handle: Callable[..., None], greenlets
     from gevent.server import StreamServer
 
     server = StreamServer(listener, handle, spawn=greenlets)
-    server.delay = server.min_delay = 1  # seconds without accepting after an error: no more lines than that in the log
+    server.delay = server.min_delay = 1  # seconds without accepting after an error, and so between its lines in the log
     server.start()
     return server
 
@@ -2734,7 +2734,7 @@ def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop:
     for server in servers:
         with contextlib.suppress(OSError):
             while not greenlets.full() and (accepted := server.do_read()):
-                server.do_handle(*accepted)  # the backlog would be reset
+                server.do_handle(*accepted)  # close() would reset the clients that wait in the backlog
         server.close()
     clean = proxy.drain(options.grace)
     log(NOTICE, f'hapolicy ends, {proxy.statistics}')
@@ -2742,17 +2742,17 @@ def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop:
 
 
 def patch_sockets() -> None:
-    """Do what monkey.patch_socket() does, without its look for plug-ins: 20 to 80 ms, which each smtpd would pay."""
+    """Do what monkey.patch_socket() does, but for its search for plug-ins: it would cost each smtpd 20 to 80 ms."""
     for name in gevent.socket.__implements__:  # type: ignore[attr-defined]
         setattr(socket, name, getattr(gevent.socket, name))
 
 
 def protect_client() -> None:
     """See that nothing but answers reaches descriptors 0 to 2, which may be the client."""
-    while os.open(os.devnull, os.O_RDWR) < 3:  # one that was closed would become a listener, and then get the log
+    while os.open(os.devnull, os.O_RDWR) < 3:  # a closed one would become a listener, and get the lines for stderr
         pass
-    warnings.simplefilter('ignore')  # as of docopt 0.6.2, where newer Pythons compile it
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until stop_signal() takes it: a traceback could go to the client
+    warnings.simplefilter('ignore')  # docopt 0.6.2 causes some when a newer Python compiles it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until stop_signal(): its traceback could go to the client
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2763,12 +2763,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         patch_sockets()
         gevent.config.format_context = 'builtins.repr'  # not used; the hub's default imports pprint and more, for 10 ms
         hub: Any = gevent.get_hub()
-        hub.threadpool_size += len(options.service)  # each may hang in the lookup of its host name
+        hub.threadpool_size += len(options.service)  # the lookup of each host name may hang in a thread
         if options.check_services:
             return check_services(options.service)
         listeners = inherited_listeners()
         ours = [*listeners, *options.listen]
-        if own := [service for service in options.service if service.address in ours]:  # till all would wait for all
+        if own := [service for service in options.service if service.address in ours]:  # it would ask itself for ever
             raise UsageError(f"--service '{own[0].name}': {own[0].address} is where hapolicy itself listens")
         if options.status and (not ours or options.status in ours):
             raise UsageError(f"--status '{options.status}' needs --listen, and an address of its own")
@@ -2786,7 +2786,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status is not None:
         options.listen, options.status = [*map(str, listeners)], str(options.status)
         server = start_server(status, Status(proxy, options, log).handle, 'default')
-        if options.reuse_port:  # the process that replaces us is to serve it, also while we drain
+        if options.reuse_port:  # while we drain, the process that replaces us serves it
             stop.rawlink(lambda _: server.close())
         log(NOTICE, f'The status is served at {options.status}')
     clean = (serve_listeners(listeners, proxy, stop, options, log) if listeners
