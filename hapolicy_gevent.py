@@ -241,11 +241,8 @@ class RequestBuffer:
         self._scanned = 0
 
     def take(self) -> bytes | None:
-        """Return the next complete request, its empty line included, or None while there is none.
-
-        Empty lines before a request are skipped. Raises ClientFault.
-        """
-        if not self._scanned:
+        """Return the next complete request with its empty line, None while there is none. Raises ClientFault."""
+        if not self._scanned:  # empty lines before a request are skipped
             self.data = self.data.lstrip(LINE_ENDS)
         data = self.data
         end = end_of_message(data, self._scanned)
@@ -1757,10 +1754,7 @@ class Queue:
 
     def wait(self, client: Client, first: Pool | None, tried: Sequence[Pool], deadline: float,
              since: float) -> Connection | None:  # fmt: skip
-        """Return a connection of a service that was not tried; None if there is no such service, or none in time.
-
-        `first` is what the balancer chose: the request waits for that pool alone at first.
-        """
+        """Return a connection of a pool that was not tried, of `first` if that has one soon; None if there is none."""
         waiter, now = Waiter(client), since
         try:
             while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now, client.key)):
@@ -1785,11 +1779,10 @@ class Queue:
 
     def _join(self, waiter: Waiter, pools: Sequence[Pool], now: float) -> None:
         for pool in pools:
-            if pool not in waiter.pools:
-                waiter.pools.append(pool)
-                insort(pool.waiting, waiter, key=lambda each: each.client.asked)
-        for pool in pools:
             if waiter.connection is None:
+                if pool not in waiter.pools:
+                    waiter.pools.append(pool)
+                    insort(pool.waiting, waiter, key=lambda each: each.client.asked)
                 self.hand_over(pool, now)
 
     def hand_over(self, pool: Pool, now: float) -> None:
@@ -2034,13 +2027,13 @@ class Proxy:
             pool.report(f'failed: {failure.reason}, {failure}, instance: {printable(client.instance)}')
             pool.failed(connection, failure, time.monotonic())
             raise failure from None
-        now, gone = time.monotonic(), client.ended
+        now = time.monotonic()
         client.answer(action)  # before all else, which would be a tenth of the latency that we add
         client.connection, connection.holder = connection, client if client.instance else None
         if used == 1 and connection in pool.busy:  # the connection that ended had answered nothing but its check
             pool.use_once()
         # the client may have hung up, and abandoned this request: its connection is not used again
-        pool.answered(connection, action, not gone, now)
+        pool.answered(connection, action, not client.ended, now)
         return action
 
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Sequence[Pool]) -> Connection:
