@@ -513,7 +513,7 @@ def one_cycle(pools: Sequence[Pool]) -> Iterator[Pool]:
     weights = [pool.service.weight for pool in pools]
     total = sum(weights)
     credit = dict.fromkeys(pools, 0)
-    for _ in range(total // max(1, math.gcd(*weights))):
+    for _ in range(total // math.gcd(*weights)):
         for pool in pools:
             credit[pool] += pool.service.weight
         richest = max(pools, key=credit.__getitem__)
@@ -608,12 +608,11 @@ class Balancer:
             if service.state is DOWN and (self.up or pool.checker.reason not in (DROPPED, INVALID)):
                 pool.places = 0
         self._rounds = []
-        for _, group in itertools.groupby(self.pools, key=lambda pool: pool.service.prio):
-            pools = [pool for pool in group if pool.places]
-            turns = list(one_cycle(pools))
-            if turns:
-                cycle = functools.partial(itertools.islice, itertools.cycle(turns), len(turns))
-                self._rounds.append((cycle, [node for node in self._nodes if node[2] in pools]))
+        for prio in sorted({pool.service.prio for pool in self.pools if pool.places}):
+            nodes = [node for node in self._nodes if node[2].places and node[2].service.prio == prio]
+            turns = [*one_cycle([pool for _, _, pool in nodes])]
+            cycle = functools.partial(itertools.islice, itertools.cycle(turns), len(turns))
+            self._rounds.append((cycle, nodes))
 
     def choose(self, instance: bytes, tried: Sequence[Pool], now: float, key: bytes = b'') -> Pool | None:
         """Return the pool that a request is to have a connection of; None if it may wait for any.
@@ -1330,7 +1329,7 @@ class Checker:
         return gevent.spawn(self._run, check)
 
     def growing(self, now: float, patience: float = PATIENCE) -> bool:
-        """Return whether a request that waits for so many seconds may expect a new connection."""
+        """Return whether a request with so many seconds of patience may expect a new connection."""
         if self.running:
             return not self.full and now - asked_first(self.running) <= patience
         return self.enabled and self.pool.room > 0 and not self._too_early(now)
@@ -1367,9 +1366,9 @@ class Checker:
         late = running > 0 and now - self._began > UNANSWERED
         stuck = late and not self.full and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
-        asked = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
+        wanted = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
         one_more = more or stuck or down or self.due(now)
-        number = min(max(asked, running + one_more), (1 if down else int(self.at_once)) + stuck)
+        number = min(max(wanted, running + one_more), (1 if down else int(self.at_once)) + stuck)
         if stuck:
             pool.connector.rotate()
             if running > 1 and (running >= number or not pool.room):
@@ -1393,7 +1392,7 @@ class Checker:
                 kept.close()
 
     def stop(self, *but: Connection) -> None:
-        """Stop the running checks but for some: they say nothing of the service any more."""
+        """Stop the running checks except these: what comes of them says nothing of the service any more."""
         for check in [check for check in self.running if check not in but]:
             self.running.pop(check).kill(block=False)
 
@@ -1957,7 +1956,7 @@ class Proxy:
         #: Reasons whose default actions are logged by number, every ten seconds; how many of each are logged.
         self._logged = {NO_SERVICE: 0, NOT_POLICY: 0}
         self.stalled: dict[Service, float] = {}  # since when each stalled service has not answered (monotonic seconds)
-        gevent.spawn(self._keep, TICK if checked else 1.0)
+        gevent.spawn(self._housekeeping, TICK if checked else 1.0)
 
     # -- deciding
 
@@ -2129,7 +2128,7 @@ class Proxy:
 
     # -- what is done again and again
 
-    def _keep(self, pause: float) -> None:
+    def _housekeeping(self, pause: float) -> None:
         second = 0.0
         while True:
             gevent.sleep(pause)
