@@ -175,11 +175,11 @@ READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
 
 
 class UsageError(Exception):
-    """The user's: the command line cannot be used. The text names option, value and what is allowed."""
+    """The user's fault: the command line cannot be used. The text names option, value and what is allowed."""
 
 
 class InvalidAnswer(Exception):
-    """The service's: an answer that Postfix would misread, or none."""
+    """The service's fault: an answer that Postfix would misread, or none."""
 
 
 #: Why a client's connection is closed.
@@ -189,7 +189,7 @@ TOO_LONG, TOO_SLOW, CUT_OFF, NOT_TAKEN, RESET = CLIENT_FAULTS = (
 
 
 class ClientFault(Exception):
-    """The client's: its connection is closed; `reason` is one of CLIENT_FAULTS."""
+    """The client's fault: its connection is closed; `reason` is one of CLIENT_FAULTS."""
 
     def __init__(self, reason: str, text: str = '') -> None:
         super().__init__(f'{reason} {text}'.rstrip())
@@ -197,7 +197,7 @@ class ClientFault(Exception):
 
 
 class ServiceFailure(Exception):
-    """The service's: a query got no usable answer; `reason` is one of FAILURES."""
+    """A query got no usable answer; `reason` is one of FAILURES."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
@@ -205,7 +205,7 @@ class ServiceFailure(Exception):
 
 
 class Ended(ServiceFailure):
-    """Nobody's: a connection that had answered something ended before the first byte of an answer."""
+    """Nobody's fault: a connection that had answered something ended before the first byte of an answer."""
 
 
 # ---------------------------------------------------------------------------
