@@ -640,9 +640,9 @@ class Balancer:
                    key: bytes = b'') -> list[Pool]:  # fmt: skip
         """Return the pools that a request may wait for, the best first, after it has waited for so many seconds.
 
-        For PATIENCE that is `first`, which was chosen for the request, so that shares hold; without it all of the best
-        prio. With a key it is one pool, for STICKY_PATIENCE. Then it is all pools; those that have stalled only after
-        STALLED_PATIENCE. If none admits the request, it may wait for the answer to a check that has just begun.
+        For PATIENCE it waits for `first`, which was chosen for it, so that shares hold, else for all of the best prio;
+        with a key for one pool, for STICKY_PATIENCE. Then it may wait for all pools, after STALLED_PATIENCE for stalled
+        ones, too. If none admits it, it may wait for a check that has just begun.
         """
         pools = self.pools
         if key:
@@ -1945,7 +1945,7 @@ class Proxy:
 
     def __init__(self, services: Sequence[Service], default: bytes, failed: bytes, deadline: float, log: Log,
                  checked: bool = True) -> None:  # fmt: skip
-        """Checked: from the start, as there are many clients; else a service is checked after mail has failed there."""
+        """`checked`: check services from the start, as there are many clients; else only once mail has failed there."""
         self.statistics = Statistics()
         self.queue = Queue(services, log, checked)
         self.pools, self._balancer = self.queue.pools, self.queue.balancer
@@ -2126,7 +2126,7 @@ class Proxy:
             self._log(WARNING, f'{len(self.clients)} clients are cut off at the end of --grace')
         return not self.clients
 
-    # -- what is done again and again
+    # -- housekeeping
 
     def _housekeeping(self, pause: float) -> None:
         second = 0.0
@@ -2176,7 +2176,7 @@ class Proxy:
             if line := summary(self, difference(sample(self), before)):
                 self._log(NOTICE, line)
 
-    # -- what is reported
+    # -- for log and status
 
     def waits(self, now: float) -> list[float]:
         """Return for how many seconds each request has waited that is not answered yet."""
