@@ -138,13 +138,13 @@ TICK = 0.1
 UNANSWERED = 1.0
 #: Seconds without any answer after which a service is checked, and its last idle connection closed.
 UNHEARD = 30.0
-#: Seconds between the checks of a service that is down: at first, and at most, as each failed check doubles them. The
-#: first also while no service is up, and where a service is full. SOON: in the first moments of an outage.
+#: Seconds between checks of a service that is down: the first pause, which each failed check doubles, and the longest.
+#: The first also while no service is up, and where a service is full. SOON: the pause in an outage's first moments.
 BACKOFF_FIRST, BACKOFF_MAX, SOON = 1.0, 30.0, 0.1
-#: A factor of these seconds, 0.8 to 1.2: proxies that saw the same server die must not all check it at once.
+#: A factor of these pauses, 0.8 to 1.2: proxies that saw the same server die must not all check it at once.
 JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
-#: Mails at once at a service on trial, while no service is up; and seconds for which other mail waits until one of
-#: these mails, or a check, is answered, if it can wait for nothing else.
+#: Mails at once at a service on trial, while no service is up; and seconds for which other mail, if it can wait for
+#: nothing else, waits for the answer to one of these mails or to a check.
 TRIALS, TRIAL_PATIENCE = 5, 0.5
 #: Messages whose service is remembered; more than that for a second at most: ten minutes of a very busy site.
 MAX_INSTANCES = 40000
@@ -154,8 +154,8 @@ MAX_INSTANCE = 128
 #: Seconds without a request after which a client is closed at once when we drain. A client that asked later is closed
 #: with its next answer: its next request may be on the way already.
 LINGER = 1.0
-#: Seconds of --deadline that are left for the default action; and the shortest --deadline.
-TOO_SHORT, MIN_DEADLINE = 0.005, 0.1
+#: Seconds of --deadline that are reserved for the default action; and the shortest --deadline.
+RESERVED, MIN_DEADLINE = 0.005, 0.1
 #: Seconds that a request waits for the service it was balanced to, before it may go to another one; the same with
 #: --sticky, where another greylist would defer it; and before it may go to a service that a slow message has stalled.
 PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
@@ -1952,7 +1952,7 @@ class Proxy:
         self.clients: set[Client] = set()
         self.draining = False
         self._default, self._failed, self._log = default, failed, log
-        self._deadline = deadline - TOO_SHORT  # seconds, for a request
+        self._deadline = deadline - RESERVED  # seconds, for a request
         #: Reasons whose default actions are logged by number, every ten seconds; how many of each are logged.
         self._logged = {NO_SERVICE: 0, NOT_POLICY: 0}
         self.stalled: dict[Service, float] = {}  # since when each stalled service has not answered (monotonic seconds)
