@@ -410,7 +410,7 @@ class Service(Settings):
     why = 'never down'
     blamed = False  #: mail took it down, or put it on trial: only an answered mail makes it up again
     in_a_row = 0  #: failed mails since one was answered
-    late_in_a_row = 0  #: the last of these, as far as each of them failed by a timeout
+    late_in_a_row = 0  #: how many of the last of these failed by a timeout
     # monotonic seconds
     since = 0.0  #: when the state changed
     answered_at = 0.0  #: when mail was answered last
@@ -1139,16 +1139,16 @@ class Connection(Wire):
         if pool.checker.heard_more and (said := self.listen(QUIET)):
             raise ServiceFailure(DROPPED if said is ENDED else INVALID, 'it hung up, or spoke, before it was asked')
 
-    def ask(self, request: bytes, now: float, left: float = math.inf) -> bytes:
-        """Send a request and return the action of its answer, to the greenlet that is `user`. Raises ServiceFailure.
+    def ask(self, request: bytes, left: float = math.inf) -> bytes:
+        """Send a request at `since`, which is now, and return the action of its answer. Raises ServiceFailure.
 
-        `left`: the seconds until the request's deadline, if that is sooner than the service's timeout.
+        Within the service's timeout, or the seconds that are left if that is less; `user` is the greenlet that asks.
         """
         if self.used:
-            if now - self.silent_at > REST_AFTER:
-                self._see_silence(now)
-            elif now - self.idle_since >= QUIET:
-                self.silent_at = now
+            if self.since - self.silent_at > REST_AFTER:
+                self._see_silence()
+            elif self.since - self.idle_since >= QUIET:
+                self.silent_at = self.since
         timer = self.timer if left >= self.timer.seconds else QueryTimeout(max(0.001, left))
         again, stop, sent = timer.again, timer.stop, False
         again(THROW_INTO, self.user, timer)
@@ -1186,13 +1186,13 @@ class Connection(Wire):
         """
         return now - self.silent_at > REST_AFTER and now - self.idle_since < QUIET
 
-    def _see_silence(self, now: float) -> None:
+    def _see_silence(self) -> None:
         """Wait until QUIET has passed since its last answer. Raises Ended if something came."""
-        if said := self.listen(QUIET - (now - self.idle_since)):
+        if said := self.listen(QUIET - (self.since - self.idle_since)):
             if said is SURPLUS:
-                self.pool.said_more('what nobody asked for', now)
+                self.pool.said_more('what nobody asked for', self.since)
             raise Ended(DROPPED, 'it was not silent before its use')
-        self.silent_at = now
+        self.silent_at = self.since
 
     def _after_timeout(self, timer: QueryTimeout, sent: bool) -> bytes:
         """Return the action if a whole answer has come while we did not run. Raises ServiceFailure."""
@@ -1228,12 +1228,12 @@ class Connection(Wire):
         """
         self.user = getcurrent()
         try:
-            action = self.ask(CHECK, self.since)
+            action = self.ask(CHECK)
         except ServiceFailure as failure:
             if failure.reason not in (DROPPED, INVALID):
                 raise
             self.reopen()
-            action = self.ask(CHECK, self.since)
+            action = self.ask(CHECK)
         self.pool.service.check_answered(self.since, time.monotonic())
         said = self.spent or self.listen(QUIET)
         self.idle_since = self.silent_at = time.monotonic()
@@ -2009,7 +2009,7 @@ class Proxy:
                 pool.service.queries += 1
                 connection.user = client.user
                 try:
-                    action = connection.ask(request, connection.since, deadline - connection.since)
+                    action = connection.ask(request, deadline - connection.since)
                     break
                 except ServiceFailure as fault:
                     single = pool.use is SINGLE_USE and fault.reason in (DROPPED, REFUSED)

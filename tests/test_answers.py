@@ -206,13 +206,13 @@ def test_i2_a_connection_that_speaks_after_the_pool_has_looked_is_not_asked() ->
     with stubs(echo) as (a,):
         pool = pool_of(a.service)
         connection = Connection(pool, time.monotonic())
-        assert connection.ask(request(instance='one'), time.monotonic()) == b'DUNNO one A'
+        assert connection.ask(request(instance='one')) == b'DUNNO one A'
         pool.busy[connection] = None
         a.peers[0].send(b'action=REJECT stranger\n\n')
         wait_until(lambda: gevent.sleep(0.01) or connection.poll(0))  # type: ignore[func-returns-value, misc]
         gevent.sleep(0.01)
         with pytest.raises(Ended):
-            connection.ask(request(instance='two'), time.monotonic())
+            connection.ask(request(instance='two'))
 
 
 def test_i2_late_second_answers_under_load_are_found_and_end() -> None:

@@ -80,7 +80,7 @@ class ModelConnection(Connection):
     def look(self, flags: int = 0) -> str:
         return ENDED if self.dead else ''
 
-    def ask(self, request: bytes, now: float, left: float = math.inf) -> bytes:
+    def ask(self, request: bytes, left: float = math.inf) -> bytes:
         """Stop the request until the model's server does something with it."""
         assert isinstance(self.pool.queue, ModelQueue)
         model = self.pool.queue.model
