@@ -2042,9 +2042,9 @@ class Proxy:
         server may end each after so many answers. If the service is full, one that comes free. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
-        pool.idle.sort(key=lambda each: each.used, reverse=True)  # the last is taken
-        less_used = pool.use is not UNCHECKED and bool(pool.idle) and pool.idle[-1].used < connection.used
-        if connection.used and not pool.checker.full and not less_used:
+        pool.idle.sort(key=lambda each: each.used, reverse=True)  # take() takes the last one, unless that needs a rest
+        least = pool.idle[-1] if pool.idle and pool.use is not UNCHECKED else connection
+        if connection.used and not pool.checker.full and (least.used >= connection.used or least.needs_rest(now)):
             connection.reopen()
             return connection
         pool.busy.pop(connection, None)

@@ -16,6 +16,7 @@ import hapolicy_gevent
 from hapolicy_gevent import (
     RESET,
     Address,
+    Client,
     ClientFault,
     Connection,
     Connector,
@@ -53,6 +54,21 @@ def pool_of(service: str) -> Pool:
     """Return the pool of a service, without a proxy that keeps it."""
     (pool,) = Queue([parse_service(service)], Log()).pools.values()
     return pool
+
+
+@pytest.mark.parametrize('rested', [True, False])
+def test_a_retry_has_the_least_used_connection_or_a_new_one_if_that_needs_a_rest(rested: bool) -> None:
+    proxy = Proxy([parse_service('A=unix:/a')], b'', b'', 20, Log())
+    (near, far), now = socket.socketpair(), time.monotonic()
+    (pool,) = proxy.pools.values()
+    ended, much, little = (Connection(pool, now) for _ in range(3))
+    ended.used, much.used, little.used = 7, 6, 3
+    little.silent_at = now if rested else now - 2
+    pool.busy[ended] = None
+    pool.idle += [little, much]
+    with far, contextlib.closing(Client(near)) as client:
+        found = proxy._retry(ended, client, now + 20, [pool])
+    assert found is (little if rested else ended), found.used
 
 
 @pytest.mark.parametrize('late', [0, 0.1])
