@@ -126,8 +126,8 @@ SPARE_IDLE = 2.0
 ONCE = 60.0
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl. Under spawn(8) GIVE_UP.
 MAX_AGE = 1000.0
-#: Seconds after a passed check until a connection is given up: another proxy, or a Postfix, may wait for one of the
-#: server's few children. Ten times the server's fastest answer, if that is longer.
+#: Seconds between connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
+#: children. Divided by the root of their number where the server is full.
 GIVE_UP = 1.5
 #: Seconds that a new connection waits for the lookup of a host name; then it takes the address of the last lookup.
 LOOKUP = 1.0
@@ -721,7 +721,8 @@ class Tally:
         self._answered, self.failed = within([]), within([])  # queries with and without an answer, within each bound
         #: As of the last read(): answers by verdict, the sum of their seconds, and the seconds of the fastest.
         self.verdicts = dict.fromkeys(VERDICTS, 0)
-        self.sum, self.least = 0.0, math.inf
+        self.sum = 0.0
+        self.mean = math.inf  # and the seconds of an answer, on average, of those that the read() took in
         #: Appended to by each answer. Two lists: the garbage collector would look at each pair in a list of pairs.
         self.seconds: list[float] = []
         self.actions: list[bytes] = []
@@ -738,8 +739,9 @@ class Tally:
         self._answered = [*map(add, self._answered, within(self.seconds))]
         for word, number in Counter([action.partition(b' ')[0] for action in self.actions]).items():
             self.verdicts[verdict(word)] += number
-        self.sum += sum(self.seconds)
-        self.least = min([self.least, *self.seconds])
+        if self.seconds:
+            self.sum += sum(self.seconds)
+            self.mean = sum(self.seconds) / len(self.seconds)
         self.seconds.clear()
         self.actions.clear()
         return self._answered
@@ -1321,8 +1323,8 @@ class Checker:
         self.heard_more = False  # more than an answer came to the last check: the server may speak before it is asked
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
-        self.fastest = math.inf  # seconds of the fastest check since the service was last down
-        self._began = self._failed_at = -math.inf  # when the last check, and the last that failed, began
+        self.latest = self.fastest = math.inf  # seconds of the last check, of the fastest since the service was down
+        self.began = self._failed_at = -math.inf  # when the last check, and the last that failed, began
 
     def spawn(self, check: Connection) -> Any:
         """Run a check in a greenlet of its own, and return that."""
@@ -1346,10 +1348,15 @@ class Checker:
             seconds = self.backoff * JITTER if self.pool.queue.balancer.up else pace
         return now < self._failed_at + seconds
 
+    @property
+    def _slow(self) -> float:
+        """Seconds that hardly any answer takes: a server may take long for the first answer of a connection."""
+        return max(UNANSWERED, 2 * self.fastest) if self.fastest < math.inf else UNANSWERED
+
     def due(self, now: float) -> bool:
         """Return whether a check is due that no request waits for."""
-        pool, service, ago = self.pool, self.pool.service, now - self._began
-        return (service.failed_at > self._began  # a mail failed, and a check decides what that means
+        pool, service, ago = self.pool, self.pool.service, now - self.began
+        return (service.failed_at > self.began  # a mail failed, and a check decides what that means
                 or (ago > BACKOFF_FIRST and pool.use is CHECKED and not pool.open)
                 or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
                 or (ago > service.stall and pool.stalled(now)))  # fmt: skip
@@ -1363,7 +1370,7 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        late = running > 0 and now - self._began > UNANSWERED
+        late = running > 0 and now - self.began > self._slow
         stuck = late and not self.full and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
         wanted = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
@@ -1375,7 +1382,7 @@ class Checker:
                 *elder, _ = self.running
                 self.stop(*elder)  # stops the youngest; the elder ones go on, as the server may only be slow
         for _ in range(min(number - len(self.running), pool.room)):
-            self._began = now
+            self.began = now
             check = Connection(pool, now)
             self.running[check] = self.spawn(check)
 
@@ -1402,20 +1409,21 @@ class Checker:
             return
         pool = self.pool
         self._failed_at, self.backoff, self.reason, self.heard_more = -math.inf, BACKOFF_FIRST, '', said is SURPLUS
-        self.fastest = min(self.fastest, now - check.since)
+        self.latest = now - check.since
+        self.fastest = min(self.fastest, self.latest)
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until
         if single and pool.use is not SINGLE_USE:
-            self._began = now - UNHEARD + BACKOFF_FIRST  # once proves little: the next check is due soon
+            self.began = now - UNHEARD + BACKOFF_FIRST  # once proves little: the next check is due soon
             pool.use = CHECKED
             pool.use_once()
-        else:
+        elif pool.passed or not self.full:  # else it took the place of one that was given up
             self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
         self.full = self.full if self.at_once < pool.service.max else 0
         # what began long before this check and is not answered may have met a worker that hangs
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
-        pool.passed_at = min(pool.passed_at, now)
+        pool.passed = True
         pool.service.check_passed(now)
         if not single:
             pool.use = CHECKED
@@ -1489,8 +1497,7 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        slow = max(UNANSWERED, 2 * self.fastest)  # a server may take long for the first answer of a connection
-        hung = not self.answered and self.pool.service.newest - began > slow  # an answered check stops the elder ones
+        hung = not self.answered and self.pool.service.newest - began > self._slow  # an answered check stops the elder
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
             self.stop(next(iter(self.running)))
@@ -1513,7 +1520,7 @@ class Pool:
         self.idle: list[Connection] = []  # the most recently used last; after a retry the least used last
         self.held: dict[Connection, None] = {}  # the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
-        self.passed_at = math.inf  # when the first check passed since a connection was given up
+        self.passed = False  # whether a check has passed since a connection was given up
         self.once_until = 0.0  # until then each connection carries one mail, as the server sent more than an answer
         self.connector = Connector(service.address, min(CONNECT_TIMEOUT, service.timeout), self.report)
         self.checker = Checker(self, checked)
@@ -1690,21 +1697,36 @@ class Pool:
             self.checker.stop()
         self._close(*self.idle, *self.held)
 
-    def prune(self, now: float) -> None:
-        """Close connections that are old, or idle: all but one soon, as someone else may need the server's worker.
+    def share(self, now: float) -> None:
+        """Give up the longest open connection from time to time: others may wait for one of the server's few children.
 
-        Under load one connection is given up from time to time: the longest open of the idle ones, or of all if none is
-        idle. A connection that a message holds is closed when the message ends, or pauses.
+        The more connections there are, the more often: so those who share a full server get equal parts. The last
+        connection is given up only after a check has passed since, as others may not give back what they have. Turns
+        cost the server a check or two each: these are to take a tenth of its time at most. A slow server has no turns:
+        the check of whoever waits would be late all the same.
         """
-        connections = [*self.idle, *self.held, *self.busy]
-        # the fastest check may have waited for a child to be free; the fastest mail did not
-        pace = max(GIVE_UP, 10 * min(self.checker.fastest, self.service.tally.least))
-        keep = not (self.waiting or self.checker.full or self.room <= 0)  # without room no check can find it full
-        if now - self.passed_at >= pace and len(connections) > keep:
-            self.passed_at = math.inf
-            min(self.idle or connections, key=lambda connection: connection.expires).expires = now
-            if self.checker.full:
+        number, full = self.open, self.checker.full > 0
+        keep = not (self.waiting or full or self.room <= 0)  # without room no check can find it full
+        if number <= (keep or not self.passed):
+            return
+        # a check may have waited for a child to be free; a mail did not
+        seconds = 20 * min(self.checker.latest, self.service.tally.mean)
+        pace = max(GIVE_UP / math.sqrt(number if full else 1), seconds / number)
+        if now - self.checker.began >= pace and pace < self.service.timeout / 3:
+            self.passed = False
+            connection = min(self.idle or [*self.held, *self.busy], key=lambda each: each.expires)
+            connection.expires = now
+            if connection in self.idle:
+                self._close(connection)
+            if full:
                 self.checker.stop()  # a check in the server's backlog would take the child before others can
+                self.checker.grow(now)
+
+    def prune(self, now: float) -> None:
+        """Close connections that are idle: all but one soon, as someone else may need the server's worker.
+
+        A connection that was given up while a message holds it is closed when the message ends, or pauses.
+        """
         for connection in [*self.idle, *self.held]:
             expired = now >= connection.expires
             at_most = SPARE_IDLE if expired or self.open > 1 or self.checker.full else UNHEARD
@@ -2136,6 +2158,7 @@ class Proxy:
                 now = time.monotonic()
                 for pool in self.pools.values():
                     pool.checker.watch(now)
+                    pool.share(now)
                 if now - second >= 1:
                     second = now
                     self._each_second(now)

@@ -60,6 +60,28 @@ def test_the_same_prefork_server_behind_two_proxies_answers_both(children: int, 
         assert max(first.held()[-1], second.held()[-1]) < 6 * SCALE
 
 
+def test_two_proxies_that_share_a_full_server_come_to_have_about_as_many_answers_each() -> None:
+    with (
+        Prefork(5, slow(0.02)) as a,
+        ProxyProcess('-s', a.service) as one,
+        ProxyProcess('-s', a.service) as other,
+        SmtpdLoad(one.port, 15, 0, second_try=False) as first,
+    ):
+        time.sleep(2)  # it has all children
+        with SmtpdLoad(other.port, 15, 0, second_try=False) as second:
+            time.sleep(2 * SCALE)
+            before = len(first.held()), len(second.held())
+            time.sleep(5 * SCALE)
+            mine, its = len(first.held()) - before[0], len(second.held()) - before[1]
+    assert mine < 4 * its and its < 4 * mine, (mine, its)
+
+
+def test_a_slow_server_of_one_child_is_neither_down_nor_slower_for_its_turns() -> None:
+    with Prefork(1, slow(0.3)) as a, ProxyProcess('-s', a.service + ':::3') as proxy:
+        assert set(ask_all(proxy, 12, 3)) == {'A'}
+        assert a.checks < 5 and 'is down' not in proxy.log, 'the checks of a cold start wait in its backlog'
+
+
 def test_a_server_of_one_connection_that_nobody_else_uses_loses_no_verdict_by_giving_it_up() -> None:
     with Prefork(1, slow(0.005)) as a, ProxyProcess('-s', a.service + '::::1') as proxy, proxy.client() as client:
         end, held = time.monotonic() + 6, 0.0

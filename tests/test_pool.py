@@ -375,7 +375,7 @@ def test_a_single_use_service_at_its_max_is_checked_before_mail_takes_the_place(
     pool.use = hapolicy_gevent.SINGLE_USE
     pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
     wait_in_line(pool)
-    pool.checker._began = now  # a check was made
+    pool.checker.began = now  # a check was made
     queue.hand_over(pool, now + 1)
     assert not pool.checker.running and len(pool.busy) == 1
     pool.busy.clear()
@@ -568,7 +568,8 @@ def test_a_connection_that_is_given_up_is_closed_when_its_message_ends(ends: str
         eldest.holder = other.holder = client
         pool.held = {eldest: None, other: None}
         eldest.idle_since, other.idle_since = now, now + 1
-        pool.checker.fastest, pool.passed_at = 0.06, now - hapolicy_gevent.GIVE_UP
+        pool.checker.latest, pool.checker.began, pool.passed = 0.06, now - hapolicy_gevent.GIVE_UP, True
+        pool.share(now)
         pool.prune(now)
         assert [*pool.held] == [eldest, other], 'its message may ask more'
         if ends == 'lets go':
@@ -578,19 +579,36 @@ def test_a_connection_that_is_given_up_is_closed_when_its_message_ends(ends: str
         assert (pool.idle, [*pool.held]) == ([], [other])
 
 
-@pytest.mark.parametrize(('check', 'mail', 'pace'), [(0.06, 0.005, 1.5), (3.0, 3.0, 30), (26.0, 0.005, 1.5)])
-def test_connections_are_given_up_the_less_often_the_longer_a_check_takes_but_for_its_wait(
-    check: float, mail: float, pace: float,
+@pytest.mark.parametrize(
+    ('check', 'mail', 'number', 'full', 'pace'),
+    [(0.06, 0.005, 2, 0, 1.5), (26.0, 0.005, 2, 0, 1.5), (0.06, 4.0, 2, 0, 1.5), (0.4, 0.4, 2, 0, 4),
+     (3.0, 3.0, 2, 1, 0), (0.06, 0.005, 4, 1, 0.75), (0.06, 0.005, 1, 1, 1.5), (1.0, 1.0, 1, 1, 0),
+     (0.06, 0.005, 1, 0, 0)],
+)  # fmt: skip
+def test_connections_are_given_up_the_less_often_the_more_that_costs_the_server(
+    check: float, mail: float, number: int, full: int, pace: float,
 ) -> None:  # fmt: skip
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
-    pool.checker.fastest, pool.passed_at = check, now
+    pool.checker.latest, pool.checker.began, pool.checker.full, pool.passed = check, now, full, True
     pool.service.tally.seconds.append(mail)
     pool.service.tally.read()
-    connections = [Connection(pool, now), Connection(pool, now + 1)]
+    connections = [Connection(pool, now + i) for i in range(number)]
     pool.busy = dict.fromkeys(connections)
-    for seconds, given_up in (0.9 * pace, []), (1.1 * pace, connections[:1]):
-        pool.prune(now + seconds)
+    for seconds, given_up in (0.9 * (pace or 100), []), (1.1 * (pace or 100), connections[:1] if pace else []):
+        pool.share(now + seconds)
         assert [each for each in connections if each.expires <= now + seconds] == given_up
+
+
+def test_the_last_connection_to_a_full_server_is_given_up_only_after_a_check_has_passed() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.latest, pool.checker.began, pool.checker.full = 0.06, now - 60, 5
+    last = Connection(pool, now)
+    pool.busy = {last: None}
+    pool.share(now)
+    assert last.expires > now, 'those who have the others may keep them'
+    pool.passed = True
+    pool.share(now)
+    assert last.expires <= now
 
 
 @pytest.mark.parametrize('full', [0, 1])
