@@ -2484,7 +2484,7 @@ PARSERS: dict[str, Callable[[str, str], Any]] = {
     '--socket-mode': lambda text, option: parse_word(text, option, '0?[0-7]{3}', 'an octal number from 000 to 777'),
     '--name': lambda text, option: parse_word(text, option, '[A-Za-z0-9_.-]{1,32}', '1 to 32 letters, digits, -, _, .'),
     '--max-clients': lambda text, option: parse_number(text, option, 1, 10**6),
-    '--sticky': parse_sticky,
+    '--sticky': lambda text, option: text if parse_sticky(text, option) else '',  # the text is for the status
     '--fall': lambda text, option: parse_number(text, option, 1, 1000),
     '--stall': parse_seconds,
     '--deadline': lambda text, option: parse_seconds(text, option, MIN_DEADLINE),
@@ -2797,7 +2797,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hub.print_exception = functools.partial(report_error, log)
     review(options, log)
     proxy = Proxy(options.service, options.default, options.failed, options.deadline, log, checked=bool(listeners))
-    proxy.queue.balancer.sticky = options.sticky
+    proxy.queue.balancer.sticky = parse_sticky(options.sticky, '--sticky') if options.sticky else None
     if status is not None:
         options.listen, options.status = [*map(str, listeners)], str(options.status)
         server = start_server(status, Status(proxy, options, log).handle, 'default')

@@ -306,6 +306,16 @@ def test_the_options_in_effect_are_told() -> None:
     assert not {'service', 'help', 'version'} & set(options)
 
 
+def test_whatever_options_are_given_they_are_told_as_they_were() -> None:
+    given = {'deadline': 80, 'failed': '451 4.7.1 caf\u00e9', 'max-clients': 50, 'sticky': 'client_address/24/64',
+             'fall': 3, 'stall': 4, 'grace': 20, 'summary': 0, 'name': 'spf-1', 'default': 'ok'}  # fmt: skip
+    with stubs(echo) as (a,):
+        options = [f'--{name}={value}' for name, value in given.items()]
+        with StatusProxy('-s', a.service, '-v', '--reuse-port', *options) as proxy:
+            told = proxy.data()['options']
+    assert told == told | {name.replace('-', '_'): value for name, value in given.items()}
+
+
 def test_times_are_said_as_people_say_them() -> None:
     said = [duration(seconds) for seconds in (None, 0.0, 0.00315, 0.9, 12.34, 119, 120, 7199, 7500, 100000, 400000)]
     assert said == ['-', '0 ms', '3.15 ms', '900 ms', '12.3 s', '119 s', '2 min', '119 min', '2 h', '27 h', '4 d']
