@@ -159,7 +159,8 @@ RESERVED, MIN_DEADLINE = 0.005, 0.1
 #: Seconds that a request waits for the service it was balanced to, before it may go to another one; the same with
 #: --sticky, where another greylist would defer it; and before it may go to a service that a slow message has stalled.
 PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
-#: Bytes of an attribute of --sticky that count, and values for which the part that counts is cached.
+#: Bytes of an attribute that are logged, and that count with --sticky; and values for which the part that counts is
+#: cached.
 MAX_VALUE, MAX_VALUES = 320, 4096
 
 #: Log lines that wait for the log daemon, and characters of one: rsyslog cuts at 8 kB, too.
@@ -832,7 +833,7 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
              (service, service.prio, service.weight, service.queries, service.answers, service.failed))  # fmt: skip
     head = '%s, prio: %s, weight: %s, queries: %s, answers: %s, failed: %s' % asked
     text = b'\n' + request.replace(b'\r\n', b'\n').replace(b' ', rb'\x20')
-    *values, instance = [text.partition(name)[2].partition(b'\n')[0] for name in LOGGED]
+    *values, instance = [text.partition(name)[2].partition(b'\n')[0][:MAX_VALUE] for name in LOGGED]
     tail = b"client: %b[%b], helo: <%b>, from: <%b>, to: <%b>, action: '%b', instance: %b" % (*values, action, instance)
     return f'{head}, delay: {delay:.3f}s, {printable(tail)}, tries: {tries}, why: {why}'
 

@@ -17,6 +17,7 @@ import gevent
 import pytest
 
 from hapolicy_gevent import (
+    MAX_LOG_LINE,
     Log,
     Service,
     Statistics,
@@ -72,6 +73,13 @@ def test_no_sender_can_make_a_value_look_like_a_field() -> None:
         r'x\x20[1],\x20from:\x20<y', 'a', 'bob@example.org',
     ]  # fmt: skip
     assert line.count('to: ') == line.count('from: ') == line.count('action: ') == 1
+
+
+def test_no_sender_can_push_the_action_out_of_the_line() -> None:
+    for long in (2000 * ' ', 2000 * '\x01', 9000 * 'x'):
+        line = request_line((b'REJECT no', service(), 1, 'answered'), request(sender=long, helo_name=long), 0)
+        assert len(line) < MAX_LOG_LINE and line.endswith(", action: 'REJECT no', instance: , tries: 1, why: answered")
+        assert line.count('to: <bob@example.org>') == 1
 
 
 @pytest.mark.parametrize(
