@@ -343,7 +343,7 @@ def blaming(what: str, allowed: str = '') -> Iterator[None]:
 
 def parse_number(text: str, what: str, low: int, high: int) -> int:
     """Return a whole number of ASCII digits in low..high. Raises UsageError."""
-    if not (text.isascii() and text.isdigit() and low <= int(text[:11]) <= high):
+    if not (text.isascii() and text.isdigit() and len(text) < 11 and low <= int(text) <= high):
         raise UsageError(f"{what} '{text}' is not a whole number from {low} to {high}")
     return int(text)
 
@@ -893,7 +893,7 @@ class Log:
                     self._socket.settimeout(1)
                 self._socket.sendall(line + b'\0' if self._socket.type == socket.SOCK_STREAM else line)
                 return True
-            except TimeoutError:  # the daemon hangs: this line is given up, after a second
+            except (TimeoutError, FileNotFoundError):  # it hangs: this line is given up, after a second; or there is none
                 return False
             except OSError:
                 continue
@@ -2266,8 +2266,9 @@ class Status:
             from prometheus_client import generate_latest
 
             self._pages[b'/metrics'] = lambda: ('200 OK', 'text/plain; version=0.0.4', generate_latest(self))
-        # each page is built four times a second at most, however often it is asked for: mail waits meanwhile
+        # each page is built four times a second at most, of many services less often: mail waits meanwhile
         self._built = functools.lru_cache(len(self._pages))(lambda build, _: build())
+        self._pace = min(4.0, 40 / len(proxy.pools))
         style, script = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                          for text in re.findall(r'<(?:style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)]  # fmt: skip
         self._headers = HTTP_HEADERS.format(style=style, script=script).replace('\n', '\r\n')
@@ -2308,7 +2309,7 @@ class Status:
         elif method not in (b'GET', b'HEAD'):
             code, body = '405 Method Not Allowed', b'only GET and HEAD are answered\n'
         elif path in self._pages:
-            code, kind, body = self._built(self._pages[path], int(time.monotonic() * 4))
+            code, kind, body = self._built(self._pages[path], int(time.monotonic() * self._pace))
         head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
         return f'{head}{self._headers}\r\n'.encode() + (b'' if method == b'HEAD' else body)
 
@@ -2415,8 +2416,7 @@ def unix(then: float) -> float:
 
 def ago(then: float) -> str:
     """Return monotonic seconds as the log's date and time, and how long ago that was."""
-    stamp = time.strftime('%b %e %H:%M:%S', time.localtime(unix(then)))
-    return f'{stamp} ({duration(time.monotonic() - then)} ago)'
+    return time.strftime(f'%b %e %H:%M:%S ({duration(time.monotonic() - then)} ago)', time.localtime(unix(then)))
 
 
 def buckets(tally: Tally) -> list[tuple[str, int]]:

@@ -612,6 +612,16 @@ def test_clients_that_keep_their_end_open_leave_room_for_others() -> None:
         assert time.monotonic() - started < 4, 'each of them may last 5 s'
 
 
+@pytest.mark.slow
+def test_of_many_services_it_is_built_less_often() -> None:
+    services = [word for i in range(100) for word in ('-s', f'S{i}=127.0.0.1:1')]
+    with StatusProxy(*services) as proxy:
+        end, times = time.monotonic() + 2, set()
+        while time.monotonic() < end:
+            times.add(json.loads(proxy.get('/status.json').text)['time'])
+    assert len(times) <= 2, 'each holds up mail for tens of milliseconds'
+
+
 def test_hostile_load_on_the_status_does_not_stop_mail() -> None:
     stop = threading.Event()
 
