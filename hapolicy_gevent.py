@@ -2241,8 +2241,7 @@ Connection: close
 class Status:
     """What the proxy reports of itself by HTTP: it only reads counters.
 
-    The Host header is not looked at: there is nothing here to change and no secret to read, and a reverse proxy may
-    give it any name. Who may read it is who can reach the address.
+    The Host header is not looked at: there is nothing to change and no secret. Who reaches the address may read it.
     """
 
     def __init__(self, proxy: Proxy, options: SimpleNamespace, log: Log) -> None:
@@ -2364,6 +2363,8 @@ class Status:
         said = [f'{up} of {len(services)} services are up.', *trouble[:3], *failing[:3]]
         if self._proxy.draining:
             said.insert(0, f'Draining: no new client is accepted, {len(self._proxy.clients)} are connected.')
+        if len(self._proxy.clients) >= (self._options.max_clients or math.inf):
+            said.append(f'{len(self._proxy.clients)} clients are served, the most allowed: more wait.')
         given, level = minute[None][3], 'ok'
         if len(said) > 1 or given:
             level = 'warning' if any(row['up'] for row in services) else 'bad'
@@ -2648,8 +2649,7 @@ def notify(state: str) -> None:
 def client_limit(options: SimpleNamespace, log: Log) -> int:
     """Raise the soft descriptor limit to the hard one; return how many clients to serve at once.
 
-    Each service may need `max` connections. What is left is for clients, but at least half: there might be no
-    descriptor to answer a further client.
+    Each service may need `max` connections; the rest is for clients, and half at least: more could get no answer.
     """
     import resource
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.status import StatusProxy
 from tests.support import (
     SCALE,
     Peer,
@@ -169,13 +170,15 @@ def test_with_the_default_of_max_clients_descriptors_suffice() -> None:
 
 
 def test_max_clients_more_wait_and_are_served_as_others_leave() -> None:
-    with stubs(echo) as (a,), ProxyProcess('-s', a.service, '--max-clients=2') as proxy:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service, '--max-clients=2') as proxy:
         first, second, third = proxy.client(), proxy.client(), proxy.client()
         assert (first.ask_own(), second.ask_own()) == ('A', 'A')
         third.send(request(instance='x'))
         third.sock.settimeout(0.5)
         with pytest.raises(TimeoutError):
             third.read_answer()
+        headline = proxy.data()['headline']
+        assert headline['level'] == 'warning' and ' 2 clients are served, the most allowed: ' in headline['text']
         first.close()
         third.sock.settimeout(30 * SCALE)
         assert third.read_answer() == b'action=DUNNO x A\n\n'
