@@ -2553,9 +2553,9 @@ def report_error(log: Log, context: object, kind: Any, value: Any, trace: Any) -
         log(WARNING, printable('Internal error: ' + ''.join(traceback.format_exception(kind, value, trace))))
 
 
-def check_service(service: Service) -> tuple[Service, str, str]:
+def check_service(service: Service, log: Log) -> tuple[Service, str, str]:
     """Ask a service our own question; return it, 'answered' or 'FAILED', and in words what came."""
-    connection = Connection(Queue([service], Log()).pools[service], began := time.monotonic())
+    connection = Connection(Queue([service], log).pools[service], began := time.monotonic())
     try:
         with gevent.Timeout(service.timeout, ServiceFailure(LATE, f'no answer within {service.timeout:g}s')):
             connection.open()
@@ -2573,8 +2573,8 @@ def check_service(service: Service) -> tuple[Service, str, str]:
 def check_services(services: Sequence[Service]) -> int:
     """Ask all services at once; print a line for each as it comes; return the exit status. Raises OSError."""
     names, addresses = max(len(each.name) for each in services), max(len(str(each.address)) for each in services)
-    status = 0
-    for check in gevent.iwait([gevent.spawn(check_service, service) for service in services]):
+    log, status = Log(), 0
+    for check in gevent.iwait([gevent.spawn(check_service, service, log) for service in services]):
         service, result, text = check.get()
         line = f'{service.name:{names}}  {service.address!s:{addresses}}  {result:8}  {text}\n'
         with blaming('stdout'):

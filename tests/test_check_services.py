@@ -64,6 +64,16 @@ def test_every_service_that_does_not_answer_is_told_with_the_reason() -> None:
         assert text.startswith(start), lines
 
 
+def test_where_descriptors_are_few_each_service_has_its_line() -> None:
+    with stubs(echo) as (a,):
+        services = [f'-sS{number}={a.service[2:]}' for number in range(60)]
+        done = run('--check-services', *services, program=('prlimit', '--nofile=40', sys.executable, MODULE))
+    said = done.stdout.decode().splitlines()
+    assert (done.returncode, done.stderr, len(said)) == (1, b'', 60)
+    assert any('answered' in line for line in said)
+    assert any('FAILED    descriptors: Too many open files' in line for line in said)
+
+
 def test_a_line_is_there_before_the_slowest_has_answered() -> None:
     with stubs(echo, hang) as (a, b):
         command = [sys.executable, str(MODULE), '--check-services', '-s', b.service, '-s', a.service]
