@@ -163,8 +163,9 @@ PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
 #: cached.
 MAX_VALUE, MAX_VALUES = 320, 4096
 
-#: Log lines that wait for the log daemon, and characters of one: rsyslog cuts at 8 kB, too.
-MAX_LOG_LINES, MAX_LOG_LINE = 10000, 8000
+#: Log lines that wait for the log daemon, and characters of one: rsyslog cuts at 8 kB, too. Seconds until a line is
+#: repeated that no further clients are served.
+MAX_LOG_LINES, MAX_LOG_LINE, LOG_AGAIN = 10000, 8000, 600.0
 
 LF, CR, SPACE = b'\n\r '  # numbers: `CR in data` takes a fourth of `b'\r' in data`, which tries a number first
 SWITCH_TO, THROW_INTO = greenlet.switch, greenlet.throw  # called with the greenlet as first argument
@@ -2741,11 +2742,11 @@ def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop:
     if options.summary:
         gevent.spawn(proxy.summarize, options.summary)
     notify('READY=1')
-    full = False
+    logged = -math.inf  # when it was, that further ones wait (monotonic seconds)
     while not stop.wait(1):
-        if greenlets.full() and not full:
+        if greenlets.full() and time.monotonic() - logged > LOG_AGAIN:
             log(WARNING, f'{limit} clients are served, the most allowed: more wait in the backlog')
-        full = greenlets.full()
+            logged = time.monotonic()
     notify('STOPPING=1')
     for server in servers:
         with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -182,6 +183,20 @@ def test_max_clients_more_wait_and_are_served_as_others_leave() -> None:
         first.close()
         third.sock.settimeout(30 * SCALE)
         assert third.read_answer() == b'action=DUNNO x A\n\n'
+
+
+#: Runs the program with a second in place of ten minutes.
+OFTEN = ('-c', 'import sys, hapolicy_gevent as h; h.LOG_AGAIN = 1.0; sys.exit(h.main(sys.argv[3:]))')
+
+
+@pytest.mark.slow
+def test_while_no_further_clients_are_served_the_log_says_so_again() -> None:
+    said = ' 1 clients are served, the most allowed: '
+    with stubs(echo) as (a,):
+        with ProxyProcess('-s', a.service, '--max-clients=1', before=(sys.executable, *OFTEN)) as proxy:
+            with proxy.client() as client:
+                assert client.ask_own() == 'A'
+                wait_until(lambda: proxy.log.count(said) > 1, 20, 'it says so twice')
 
 
 def test_a_client_that_pipelines_and_reads_slowly_takes_no_more_memory(tmp_path: Path) -> None:
