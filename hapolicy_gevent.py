@@ -1453,8 +1453,10 @@ class Checker:
         elif reason is not UNREACHABLE and self._serves(check, reason):
             self.found_full(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
-        elif (reason is LATE  # else a check that began together with this one may still pass
-              or not any(0 <= check.since - other.since <= UNANSWERED for other in self.running)):  # fmt: skip
+        elif (reason is not LATE  # a check that began before this one may still pass: the server may serve no more
+              and any(0 <= check.since - other.since <= CONNECT_TIMEOUT for other in self.running)):  # fmt: skip
+            self.lower()
+        else:
             self.reason = reason
             service.turn(DOWN, f'its check: {reason}, {failure}', now)
 

@@ -116,6 +116,18 @@ def test_a_server_that_ends_connections_beyond_its_limit_is_used_up_to_it(end: E
         assert proxy.log.count('is full: it serves 5 connections') <= 1
 
 
+def test_a_server_with_a_limit_whose_first_answers_take_long_is_not_taken_for_dead() -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        if peer.requests == 1:
+            time.sleep(1.5)  # what began a second later is hung up on before that
+        echo(peer, message)
+
+    with FewAtATime(5, behave) as a, ProxyProcess('-s', a.service) as proxy:
+        assert set(ask_all(proxy, 20, 3)) == {'A'}, 'a default'
+        assert 'is down' not in proxy.log
+        assert a.accepted < 100, 'it was asked again and again, though it had just hung up'
+
+
 def test_max_holds_for_connections_and_checks_together() -> None:
     with stubs(slow(0.05)) as (a,), ProxyProcess('-s', a.service + '::::3') as proxy:
         seen: Counter[int] = Counter()
