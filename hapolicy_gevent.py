@@ -1731,6 +1731,8 @@ class Pool:
 
         A connection that was given up while a message holds it is closed when the message ends, or pauses.
         """
+        if not self.waiting and self.service.state is UP:  # a mail may wait for a child behind checks that nobody needs
+            self.checker.stop(*[*self.checker.running][:1])
         for connection in [*self.idle, *self.held]:
             expired = now >= connection.expires
             at_most = SPARE_IDLE if expired or self.open > 1 or self.checker.full else UNHEARD

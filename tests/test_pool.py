@@ -623,6 +623,20 @@ def test_another_check_is_made_beside_one_that_waits_long_unless_the_service_is_
     assert len(pool.checker.running) == (1 if full else 2)
 
 
+def test_checks_that_nobody_waits_for_any_more_are_closed_but_for_the_first() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    wait_in_line(pool)
+    wait_in_line(pool)
+    pool.checker.grow(now)
+    (first, _) = pool.checker.running
+    pool.prune(now)
+    assert len(pool.checker.running) == 2
+    pool.waiting.clear()
+    pool.prune(now)
+    assert [*pool.checker.running] == [first], 'they would keep children of the server from mail'
+
+
 def test_a_service_without_checks_stays_so_where_its_connections_end() -> None:
     pool = pool_of('A=127.0.0.1:1')
     pool.use = hapolicy_gevent.UNCHECKED
