@@ -894,7 +894,7 @@ class Log:
                     self._socket.settimeout(1)
                 self._socket.sendall(line + b'\0' if self._socket.type == socket.SOCK_STREAM else line)
                 return True
-            except (TimeoutError, FileNotFoundError):  # it hangs: this line is given up, after a second; or there is none
+            except (TimeoutError, FileNotFoundError):  # it hangs, and a second has gone; or there is none
                 return False
             except OSError:
                 continue
