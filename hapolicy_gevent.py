@@ -721,10 +721,10 @@ class Tally:
 
     def __init__(self) -> None:
         self._answered, self.failed = within([]), within([])  # queries with and without an answer, within each bound
-        #: As of the last read(): answers by verdict, the sum of their seconds, and the seconds of the fastest.
+        #: As of the last read(): answers by verdict, and the sum of their seconds.
         self.verdicts = dict.fromkeys(VERDICTS, 0)
         self.sum = 0.0
-        self.mean = math.inf  # and the seconds of an answer, on average, of those that the read() took in
+        self.mean = math.inf  # seconds of an answer, on average, of those that the last read() found new
         #: Appended to by each answer. Two lists: the garbage collector would look at each pair in a list of pairs.
         self.seconds: list[float] = []
         self.actions: list[bytes] = []
@@ -1711,7 +1711,7 @@ class Pool:
         """
         number, full = self.open, self.checker.full > 0
         keep = not (self.waiting or full or self.room <= 0)  # without room no check can find it full
-        if number <= (keep or not self.passed):
+        if self.use is not CHECKED or number <= (keep or not self.passed):
             return
         # a check may have waited for a child to be free; a mail did not
         seconds = 20 * min(self.checker.latest, self.service.tally.mean)

@@ -606,9 +606,10 @@ def test_the_last_connection_to_a_full_server_is_given_up_only_after_a_check_has
     pool.busy = {last: None}
     pool.share(now)
     assert last.expires > now, 'those who have the others may keep them'
-    pool.passed = True
-    pool.share(now)
-    assert last.expires <= now
+    for use in (hapolicy_gevent.SINGLE_USE, hapolicy_gevent.UNCHECKED, hapolicy_gevent.CHECKED):
+        pool.passed, pool.use = True, use
+        pool.share(now)
+        assert (last.expires <= now) is (use == hapolicy_gevent.CHECKED)
 
 
 @pytest.mark.parametrize('full', [0, 1])
