@@ -1325,8 +1325,9 @@ class Checker:
         self.heard_more = False  # more than an answer came to the last check: the server may speak before it is asked
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
-        self.latest = self.fastest = math.inf  # seconds of the last check, of the fastest since the service was down
-        self.began = self._failed_at = -math.inf  # when the last check, and the last that failed, began
+        self.latest, self.fastest = math.inf, 0.0  # seconds of the last check, of the fastest since it was down
+        #: When the last check began, or a connection was given up after that; when the last failed check began.
+        self.began = self._failed_at = -math.inf
 
     def spawn(self, check: Connection) -> Any:
         """Run a check in a greenlet of its own, and return that."""
@@ -1350,11 +1351,6 @@ class Checker:
             seconds = self.backoff * JITTER if self.pool.queue.balancer.up else pace
         return now < self._failed_at + seconds
 
-    @property
-    def _slow(self) -> float:
-        """Seconds that hardly any answer takes: a server may take long for the first answer of a connection."""
-        return max(UNANSWERED, 2 * self.fastest) if self.fastest < math.inf else UNANSWERED
-
     def due(self, now: float) -> bool:
         """Return whether a check is due that no request waits for."""
         pool, service, ago = self.pool, self.pool.service, now - self.began
@@ -1372,7 +1368,7 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        late = running > 0 and now - self.began > self._slow
+        late = running > 0 and now - self.began > max(UNANSWERED, 2 * self.fastest)
         stuck = late and not self.full and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
         wanted = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
@@ -1412,7 +1408,7 @@ class Checker:
         pool = self.pool
         self._failed_at, self.backoff, self.reason, self.heard_more = -math.inf, BACKOFF_FIRST, '', said is SURPLUS
         self.latest = now - check.since
-        self.fastest = min(self.fastest, self.latest)
+        self.fastest = min(self.fastest or self.latest, self.latest)
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until
@@ -1477,7 +1473,7 @@ class Checker:
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
         self.stop()
-        self.at_once, self.full, self._failed_at, self.fastest = float(self.pool.service.max), 0, now, math.inf
+        self.at_once, self.full, self._failed_at, self.fastest = float(self.pool.service.max), 0, now, 0.0
 
     def lower(self) -> None:
         """Allow fewer at once, as one more was not served: mails if the service is single use, else checks."""
@@ -1501,7 +1497,8 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        hung = not self.answered and self.pool.service.newest - began > self._slow  # an answered check stops the elder
+        slow = max(UNANSWERED, 2 * self.fastest)  # a server may take long for the first answer of a connection
+        hung = not self.answered and self.pool.service.newest - began > slow  # an answered check stops the elder ones
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
             self.stop(next(iter(self.running)))
@@ -1717,14 +1714,10 @@ class Pool:
         seconds = 20 * min(self.checker.latest, self.service.tally.mean)
         pace = max(GIVE_UP / math.sqrt(number if full else 1), seconds / number)
         if now - self.checker.began >= pace and pace < self.service.timeout / 3:
-            self.passed = False
-            connection = min(self.idle or [*self.held, *self.busy], key=lambda each: each.expires)
-            connection.expires = now
-            if connection in self.idle:
-                self._close(connection)
+            self.passed, self.checker.began = False, now
+            min(self.idle or [*self.held, *self.busy], key=lambda each: each.expires).expires = now
             if full:
                 self.checker.stop()  # a check in the server's backlog would take the child before others can
-                self.checker.grow(now)
 
     def prune(self, now: float) -> None:
         """Close connections that are idle: all but one soon, as someone else may need the server's worker.
