@@ -1307,8 +1307,7 @@ class Checker:
     """Decides by checks whether one more connection to a service may be opened: grow() alone starts checks.
 
     A check is one policy request of our own on a new connection. It passes if one valid answer comes and then silence
-    for QUIET: the connection joins the pool. No mail waits on a connection whose check is unanswered, so many checks
-    may run at once.
+    for QUIET: the connection joins the pool. No mail waits on it meanwhile, so many checks may run at once.
 
     A service is *full* when it serves some connections and lets a further check wait, or hangs up on it: a prefork
     server whose children are all taken, or a server with a limit. Then one check at a time is made, and twice as many
@@ -1577,8 +1576,8 @@ class Pool:
         """Return a silent connection, busy from now on; None if there is none.
 
         The connection that answered the client's message last; else the most recently used one that no message holds;
-        else the longest idle one of those that a message holds: if that message may ask more, the pool grows by one. A
-        connection that needs a rest is taken only if all need one.
+        else the longest idle one that a message holds: if that may ask more, the pool grows by one. Of these one that
+        needs a rest only if all do.
         """
         while len(self.busy) < self.places:
             own, taken = client.connection, False
@@ -1593,9 +1592,10 @@ class Pool:
                 if now >= connection.expires:  # given up: it would be handed on from message to message for ever
                     self._close(connection)
                     continue
-                if connection in self.held:
+                if self.held.pop(connection, self) is self:
+                    self.idle.remove(connection)
+                else:
                     taken = now - connection.idle_since < HOLD and self.open + len(self.checker.running) < MAX_IDLE
-                self._remove(connection)
             elif self.opens:
                 connection = Connection(self, now)
             else:
@@ -1669,13 +1669,10 @@ class Pool:
         if said is SURPLUS:
             self.said_more('what nobody asked for', time.monotonic())
 
-    def _remove(self, connection: Connection) -> None:
-        if self.held.pop(connection, self) is self and connection in self.idle:
-            self.idle.remove(connection)
-
     def _close(self, *connections: Connection) -> None:
         for connection in connections:
-            self._remove(connection)
+            if self.held.pop(connection, self) is self and connection in self.idle:
+                self.idle.remove(connection)
             connection.close()
 
     def reset(self) -> None:
@@ -1701,10 +1698,9 @@ class Pool:
     def share(self, now: float) -> None:
         """Give up the longest open connection from time to time: others may wait for one of the server's few children.
 
-        The more connections there are, the more often: so those who share a full server get equal parts. The last
-        connection is given up only after a check has passed since, as others may not give back what they have. Turns
-        cost the server a check or two each: these are to take a tenth of its time at most. A slow server has no turns:
-        the check of whoever waits would be late all the same.
+        The more connections there are, the more often: those who share a full server get equal parts. The last one only
+        after a check has passed since: others may not give back what they have. A turn costs the server two checks, and
+        all take a tenth of its time at most. A slow server has no turns: a check that waits would be late all the same.
         """
         number, full = self.open, self.checker.full > 0
         keep = not (self.waiting or full or self.room <= 0)  # without room no check can find it full
@@ -1720,10 +1716,7 @@ class Pool:
                 self.checker.stop()  # a check in the server's backlog would take the child before others can
 
     def prune(self, now: float) -> None:
-        """Close connections that are idle: all but one soon, as someone else may need the server's worker.
-
-        A connection that was given up while a message holds it is closed when the message ends, or pauses.
-        """
+        """Close what is idle: all but one connection soon, as others may need a worker; one given up when it may be."""
         if not self.waiting and self.service.state is UP:  # a mail may wait for a child behind checks that nobody needs
             self.checker.stop(*[*self.checker.running][:1])
         for connection in [*self.idle, *self.held]:
@@ -2263,9 +2256,7 @@ class Status:
             from prometheus_client import generate_latest
 
             self._pages[b'/metrics'] = lambda: ('200 OK', 'text/plain; version=0.0.4', generate_latest(self))
-        # each page is built four times a second at most, of many services less often: mail waits meanwhile
         self._built = functools.lru_cache(len(self._pages))(lambda build, _: build())
-        self._pace = min(4.0, 40 / len(proxy.pools))
         style, script = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                          for text in re.findall(r'<(?:style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)]  # fmt: skip
         self._headers = HTTP_HEADERS.format(style=style, script=script).replace('\n', '\r\n')
@@ -2282,10 +2273,7 @@ class Status:
     # -- HTTP
 
     def handle(self, sock: socket.socket, _address: object = None) -> None:
-        """Answer one request and end: what StreamServer calls for each connection. Headers are skipped.
-
-        The connection that came STATUS_CONNECTIONS before is ended, too: silent clients must not hold up /health.
-        """
+        """Answer one request and end; end the eldest of too many connections: silent ones must not hold up /health."""
         if len(self._latest) == STATUS_CONNECTIONS:
             with contextlib.suppress(OSError):  # nearly always it has ended already
                 self._latest[0].shutdown(socket.SHUT_RDWR)
@@ -2306,7 +2294,8 @@ class Status:
         elif method not in (b'GET', b'HEAD'):
             code, body = '405 Method Not Allowed', b'only GET and HEAD are answered\n'
         elif path in self._pages:
-            code, kind, body = self._built(self._pages[path], int(time.monotonic() * self._pace))
+            often = min(4, 40 / len(self._proxy.pools))  # in a second: mail waits while a page is built
+            code, kind, body = self._built(self._pages[path], int(time.monotonic() * often))
         head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
         return f'{head}{self._headers}\r\n'.encode() + (b'' if method == b'HEAD' else body)
 
