@@ -531,7 +531,7 @@ def test_a_message_that_goes_to_another_service_leaves_its_connection_to_others(
                     time.sleep(0.02)
 
         in_threads(8, ask)
-    assert most < 30
+    assert most < 38, 'about 22, and 45 if each held one at each service'
 
 
 @pytest.mark.slow
