@@ -1696,13 +1696,14 @@ class Pool:
         self._close(*self.idle, *self.held)
 
     def share(self, now: float) -> None:
-        """Give up the longest open connection from time to time: others may wait for one of the server's few children.
+        """Give up the longest open connection, an idle one first: others may wait for one of the server's few children.
 
         The more connections there are, the more often: those who share a full server get equal parts. The last one only
         after a check has passed since: others may not give back what they have. A turn costs the server two checks, and
         all take a tenth of its time at most. A slow server has no turns: a check that waits would be late all the same.
         """
-        number, full = self.open, self.checker.full > 0
+        connections = [each for each in (*self.idle, *self.held, *self.busy) if now < each.expires]
+        number, full = len(connections), self.checker.full > 0
         keep = not (self.waiting or full or self.room <= 0)  # without room no check can find it full
         if self.use is not CHECKED or number <= (keep or not self.passed):
             return
@@ -1711,7 +1712,7 @@ class Pool:
         pace = max(GIVE_UP / math.sqrt(number if full else 1), seconds / number)
         if now - self.checker.began >= pace and pace < self.service.timeout / 3:
             self.passed, self.checker.began = False, now
-            min(self.idle or [*self.held, *self.busy], key=lambda each: each.expires).expires = now
+            min(connections, key=lambda each: (each not in self.idle, each.expires)).expires = now
             if full:
                 self.checker.stop()  # a check in the server's backlog would take the child before others can
 

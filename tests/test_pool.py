@@ -594,10 +594,11 @@ def test_connections_are_given_up_the_less_often_the_more_that_costs_the_server(
     pool.service.tally.read()
     connections = [Connection(pool, now + i) for i in range(number)]
     pool.busy = dict.fromkeys(connections)
-    first = connections[:1] if pace else []
-    for seconds, given_up in (0.9 * (pace or 100), []), (1.1 * (pace or 100), first), (1.2 * (pace or 100), first):
-        pool.share(now + seconds)
-        assert [each for each in connections if each.expires <= now + seconds] == given_up
+    pace = pace or 100
+    turns = [(0.9, 0), (1.1, 1), (1.2, 1), (2.3, min(number, 2) if full else 1)] if pace < 100 else [(1, 0)]
+    for turn, count in turns:
+        pool.share(now + turn * pace)
+        assert [each for each in connections if each.expires <= now + turn * pace] == connections[:count]
 
 
 def test_the_last_connection_to_a_full_server_is_given_up_only_after_a_check_has_passed() -> None:
