@@ -1584,11 +1584,12 @@ class Pool:
             if own is not None and own.holder is client and own in self.held:
                 connection = own
                 del self.held[own]
-            elif self.idle and not self.idle[-1].needs_rest(now):
+            elif self.idle and now - self.idle[-1].silent_at <= REST_AFTER:  # nearly always: it needs no rest
                 connection = self.idle.pop()
             elif self.idle or (self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now))):
-                unused = [*self.idle, *self.held]
-                connection = next((each for each in unused if not each.needs_rest(now)), unused[0])
+                unused = itertools.chain(reversed(self.idle), self.held)
+                longest_idle = next(iter(self.idle or self.held))
+                connection = next((each for each in unused if not each.needs_rest(now)), longest_idle)
                 if now >= connection.expires:  # given up: it would be handed on from message to message for ever
                     self._close(connection)
                     continue
