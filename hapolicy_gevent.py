@@ -547,9 +547,13 @@ class Sticky:
     service that is removed go to the others; a service that is added takes its share; no other key moves.
     """
 
-    def __init__(self, attributes: Iterable[tuple[str, Callable[[bytes], bytes] | None]]) -> None:
-        """Take the names of the attributes, each with a function that returns the part of a value that counts."""
+    def __init__(self, text: str, attributes: Iterable[tuple[str, Callable[[bytes], bytes] | None]]) -> None:
+        """Take the option's text and its attributes, each with a function that returns the part that counts."""
+        self._text = text
         self._attributes = [(b'\n%s=' % name.encode(), part_of) for name, part_of in attributes]
+
+    def __str__(self) -> str:
+        return self._text
 
     def key(self, request: bytes) -> bytes:
         """Return the key of a mail, which is the same each time the mail is tried; b'' if all attributes are empty."""
@@ -582,8 +586,7 @@ class Sticky:
 class Balancer:
     """Chooses a service for each request: affinity by instance, then prio, then weight.
 
-    The cycle of each prio is made anew when a service changes its state: shares are exact over a cycle, and a service
-    that returns gets no burst.
+    Each change of a state makes the cycles anew: shares are exact over a cycle, and a service returns without a burst.
     """
 
     def __init__(self, pools: Iterable[Pool]) -> None:
@@ -714,10 +717,7 @@ def within(seconds: Iterable[float]) -> list[int]:
 
 
 class Tally:
-    """What became of a service's queries: how long they took, as histograms, and what its answers do to the mail.
-
-    Answers are counted when the tally is read, once a second at least: that costs less than one by one.
-    """
+    """What became of a service's queries: how long they took, as histograms, and what its answers do to the mail."""
 
     def __init__(self) -> None:
         self._answered, self.failed = within([]), within([])  # queries with and without an answer, within each bound
@@ -725,7 +725,8 @@ class Tally:
         self.verdicts = dict.fromkeys(VERDICTS, 0)
         self.sum = 0.0
         self.mean = math.inf  # seconds of an answer, on average, of those that the last read() found new
-        #: Appended to by each answer. Two lists: the garbage collector would look at each pair in a list of pairs.
+        #: Appended to by each answer, and counted by read(), once a second at least: that costs less than one by one.
+        #: Two lists: the garbage collector would look at each pair in a list of pairs.
         self.seconds: list[float] = []
         self.actions: list[bytes] = []
         self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
@@ -742,8 +743,8 @@ class Tally:
         for word, number in Counter([action.partition(b' ')[0] for action in self.actions]).items():
             self.verdicts[verdict(word)] += number
         if self.seconds:
-            self.sum += sum(self.seconds)
-            self.mean = sum(self.seconds) / len(self.seconds)
+            new = sum(self.seconds)
+            self.sum, self.mean = self.sum + new, new / len(self.seconds)
         self.seconds.clear()
         self.actions.clear()
         return self._answered
@@ -815,9 +816,9 @@ def duration(seconds: float | None) -> str:
     return f'{seconds:.3g} s' if seconds >= 1 else f'{seconds * 1000:.3g} ms'
 
 
-def printable(value: bytes | str) -> str:
+def printable(value: object) -> str:
     """Return a value as one line of text without control characters, whatever bytes it holds."""
-    text = value if isinstance(value, str) else value.decode('utf-8', 'backslashreplace')
+    text = value.decode('utf-8', 'backslashreplace') if isinstance(value, bytes) else str(value)
     if text.isprintable():
         return text
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
@@ -1324,7 +1325,8 @@ class Checker:
         self.heard_more = False  # more than an answer came to the last check: the server may speak before it is asked
         self.reason = ''  # why the last check failed
         self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
-        self.latest, self.fastest = math.inf, 0.0  # seconds of the last check, of the fastest since it was down
+        #: Seconds of the last check that passed, and of the fastest since the service was down (0: none passed since).
+        self.latest, self.fastest = math.inf, 0.0
         #: When the last check began, or a connection was given up after that; when the last failed check began.
         self.began = self._failed_at = -math.inf
 
@@ -1350,6 +1352,11 @@ class Checker:
             seconds = self.backoff * JITTER if self.pool.queue.balancer.up else pace
         return now < self._failed_at + seconds
 
+    @property
+    def _slow(self) -> float:
+        """Seconds that hardly any answer takes: a server may take long for the first answer of a connection."""
+        return max(UNANSWERED, 2 * self.fastest)
+
     def due(self, now: float) -> bool:
         """Return whether a check is due that no request waits for."""
         pool, service, ago = self.pool, self.pool.service, now - self.began
@@ -1367,7 +1374,7 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        late = running > 0 and now - self.began > max(UNANSWERED, 2 * self.fastest)
+        late = running > 0 and now - self.began > self._slow
         stuck = late and not self.full and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
         wanted = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
@@ -1496,8 +1503,7 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        slow = max(UNANSWERED, 2 * self.fastest)  # a server may take long for the first answer of a connection
-        hung = not self.answered and self.pool.service.newest - began > slow  # an answered check stops the elder ones
+        hung = not self.answered and self.pool.service.newest - began > self._slow  # an answered one stops the elder
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
             self.stop(next(iter(self.running)))
@@ -1575,9 +1581,8 @@ class Pool:
     def take(self, client: Client, now: float) -> Connection | None:
         """Return a silent connection, busy from now on; None if there is none.
 
-        The connection that answered the client's message last; else the most recently used one that no message holds;
-        else the longest idle one that a message holds: if that may ask more, the pool grows by one. Of these one that
-        needs a rest only if all do.
+        That which answered the client's message last; else the most recently used one that no message holds; else the
+        longest idle one that a message holds: if that may ask more, the pool grows. Those that need a rest come last.
         """
         while len(self.busy) < self.places:
             own, taken = client.connection, False
@@ -2217,7 +2222,8 @@ SAMPLE_SECONDS, SAMPLES, MINUTE = 5.0, 121, 13
 #: Options that the status does not show as settings ('' is --); each service has a row of its own.
 NO_SETTINGS = ('', 'service', 'check_services', 'help', 'socket_mode', 'version')
 
-#: Method and path; a proxy sends a URL in place of the path.
+#: Method and path; a proxy sends a URL in place of the path. The Host header is not looked at: there is nothing to
+#: change and no secret. Who reaches the address may read it.
 HTTP_REQUEST = rb'([!-~]+) (?:http://[^/ ]*)?(/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n'
 #: Headers of every answer. The page may use its own style and script, and what comes from us.
 HTTP_HEADERS = """\
@@ -2232,10 +2238,7 @@ Connection: close
 
 
 class Status:
-    """What the proxy reports of itself by HTTP: it only reads counters.
-
-    The Host header is not looked at: there is nothing to change and no secret. Who reaches the address may read it.
-    """
+    """What the proxy reports of itself by HTTP: it only reads counters."""
 
     def __init__(self, proxy: Proxy, options: SimpleNamespace, log: Log) -> None:
         import base64
@@ -2459,7 +2462,7 @@ def parse_sticky(text: str, option: str) -> Sticky:
                 ipv4 = parse_number(found[2], 'IPv4 prefix length', 1, 32)
                 part_of = functools.partial(network, ipv4, parse_number(found[3], 'IPv6 prefix length', 1, 128))
             attributes.append((found[1], part_of and functools.lru_cache(MAX_VALUES)(part_of)))
-    return Sticky(attributes)
+    return Sticky(text, attributes)
 
 
 #: What an action of access(5) begins with, if not with a reply code or a restriction.
@@ -2475,7 +2478,7 @@ PARSERS: dict[str, Callable[[str, str], Any]] = {
     '--socket-mode': lambda text, option: parse_word(text, option, '0?[0-7]{3}', 'an octal number from 000 to 777'),
     '--name': lambda text, option: parse_word(text, option, '[A-Za-z0-9_.-]{1,32}', '1 to 32 letters, digits, -, _, .'),
     '--max-clients': lambda text, option: parse_number(text, option, 1, 10**6),
-    '--sticky': lambda text, option: text if parse_sticky(text, option) else '',  # the text is for the status
+    '--sticky': parse_sticky,
     '--fall': lambda text, option: parse_number(text, option, 1, 1000),
     '--stall': parse_seconds,
     '--deadline': lambda text, option: parse_seconds(text, option, MIN_DEADLINE),
@@ -2787,7 +2790,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hub.print_exception = functools.partial(report_error, log)
     review(options, log)
     proxy = Proxy(options.service, options.default, options.failed, options.deadline, log, checked=bool(listeners))
-    proxy.queue.balancer.sticky = parse_sticky(options.sticky, '--sticky') if options.sticky else None
+    proxy.queue.balancer.sticky = options.sticky
     if status is not None:
         options.listen, options.status = [*map(str, listeners)], str(options.status)
         server = start_server(status, Status(proxy, options, log).handle, 'default')
