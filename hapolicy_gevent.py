@@ -116,8 +116,8 @@ CONNECT_TIMEOUT = 5.0
 
 #: Seconds of silence behind an answer that prove that no second one follows.
 QUIET = 0.05
-#: Seconds for which a connection is used without a silence of QUIET; then it has to be silent before its next use.
-REST_AFTER = 1.0
+#: A connection that was used for so many times the silence that it needs has to be silent before its next use.
+REST_AFTER = 20
 #: Seconds for which a message holds the connection that answered it, and the most connections opened for that reason.
 HOLD, MAX_IDLE = 1.0, 20
 #: Seconds for which an idle connection is kept while another one is open: a server may have few workers.
@@ -1105,8 +1105,8 @@ CHECKED, SINGLE_USE, UNCHECKED = 'checked', 'single use', 'unchecked'
 class Connection(Wire):
     """A connection to a server: it decides what is an answer. One request at a time."""
 
-    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'silent_at', 'since', 'spent', 'timer',
-                 'used')  # fmt: skip
+    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'quiet_at', 'rest_at', 'since', 'spent',
+                 'timer', 'used')  # fmt: skip
 
     def __init__(self, pool: Pool, now: float) -> None:
         """Make a connection that is not open yet: the first ask() opens it."""
@@ -1117,7 +1117,8 @@ class Connection(Wire):
         """Set the state of a connection that has carried nothing."""
         self.since = self.idle_since = now  # when its last request was sent, and when that was answered
         self.expires = now + self.pool.queue.max_age
-        self.silent_at = -math.inf  # when it was last seen to be silent for QUIET
+        self.quiet_at = now + QUIET  # when it has been silent for long enough, if nothing comes
+        self.rest_at = 0.0  # from when on that is required before its next use
         self.used = 0  # how many answers it gave, the one to its check included
         self.spent = ''  # why it must not be used again: ENDED or SURPLUS
         self.holder: Client | None = None  # the client whose message it answered last, which may ask more
@@ -1126,7 +1127,6 @@ class Connection(Wire):
         self.poll: Callable[[int], list[tuple[int, int]]] | None = None
         self._data = b''  # the answer, as far as it has come
         self.timer = QueryTimeout(self.pool.service.timeout)
-        self.user = getcurrent()  # the greenlet that asks
 
     def open(self) -> None:
         """Connect. Raises ServiceFailure."""
@@ -1150,10 +1150,10 @@ class Connection(Wire):
         Within the service's timeout, or the seconds that are left if that is less; `user` is the greenlet that asks.
         """
         if self.used:
-            if self.since - self.silent_at > REST_AFTER:
+            if self.since > self.rest_at:
                 self._see_silence()
-            elif self.since - self.idle_since >= QUIET:
-                self.silent_at = self.since
+            elif self.since > self.quiet_at:
+                self._was_silent()
         timer = self.timer if left >= self.timer.seconds else QueryTimeout(max(0.001, left))
         again, stop, sent = timer.again, timer.stop, False
         again(THROW_INTO, self.user, timer)
@@ -1184,20 +1184,28 @@ class Connection(Wire):
             raise (Ended if self.used else ServiceFailure)(DROPPED, 'it hung up without an answer')
         return self._take_in(b'', closed=True) or b''
 
-    def needs_rest(self, now: float) -> bool:
-        """Return whether it was in use for REST_AFTER without a silence: its next request would have to wait for QUIET.
+    def answered(self, now: float) -> None:
+        """Begin to be idle. The silence that it needs is QUIET and the time that its last request took.
 
-        After a surplus answer each request would get its predecessor's answer, as long as the next one comes at once.
+        After a surplus answer each request gets its predecessor's answer, for as long as the next request comes before
+        its own answer.
         """
-        return now - self.silent_at > REST_AFTER and now - self.idle_since < QUIET
+        self.idle_since, self.quiet_at = now, now + QUIET + now - self.since
+
+    def needs_rest(self, now: float) -> bool:
+        """Return whether its next request would have to wait, as it was used for too long without enough silence."""
+        return self.rest_at < now < self.quiet_at
 
     def _see_silence(self) -> None:
-        """Wait until QUIET has passed since its last answer. Raises Ended if something came."""
-        if said := self.listen(QUIET - (self.since - self.idle_since)):
+        """Wait until it has been silent for long enough since its last answer. Raises Ended if something came."""
+        if said := self.listen(self.quiet_at - self.since):
             if said is SURPLUS:
                 self.pool.said_more('what nobody asked for', self.since)
             raise Ended(DROPPED, 'it was not silent before its use')
-        self.silent_at = self.since
+        self._was_silent()
+
+    def _was_silent(self) -> None:
+        self.rest_at = self.since + REST_AFTER * (self.quiet_at - self.idle_since)
 
     def _after_timeout(self, timer: QueryTimeout, sent: bool) -> bytes:
         """Return the action if a whole answer has come while we did not run. Raises ServiceFailure."""
@@ -1231,7 +1239,7 @@ class Connection(Wire):
 
         If the server hangs up or answers wrongly it is asked once more: once proves nothing. Raises ServiceFailure.
         """
-        self.user = getcurrent()
+        self.user = getcurrent()  # the greenlet that asks
         try:
             action = self.ask(CHECK)
         except ServiceFailure as failure:
@@ -1239,9 +1247,10 @@ class Connection(Wire):
                 raise
             self.reopen()
             action = self.ask(CHECK)
-        self.pool.service.check_answered(self.since, time.monotonic())
+        self.answered(time.monotonic())
+        self.pool.service.check_answered(self.since, self.idle_since)
         said = self.spent or self.listen(QUIET)
-        self.idle_since = self.silent_at = time.monotonic()
+        self.rest_at = self.idle_since + REST_AFTER * QUIET
         return said, action
 
     def reopen(self) -> None:
@@ -1271,7 +1280,7 @@ class Connection(Wire):
     def unexpected(self) -> None:
         if self not in self.pool.idle and self not in self.pool.held:
             self.pause()  # it is busy: what comes is for receive()
-            self.silent_at = -math.inf
+            self.rest_at = 0.0
         elif said := self.look():
             self.pool.drop(self, said)
 
@@ -1589,7 +1598,7 @@ class Pool:
             if own is not None and own.holder is client and own in self.held:
                 connection = own
                 del self.held[own]
-            elif self.idle and now - self.idle[-1].silent_at <= REST_AFTER:  # nearly always: it needs no rest
+            elif self.idle and now < self.idle[-1].rest_at:  # nearly always: it needs no rest
                 connection = self.idle.pop()
             elif self.idle or (self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now))):
                 unused = itertools.chain(reversed(self.idle), self.held)
@@ -1621,7 +1630,7 @@ class Pool:
         """Take back a connection whose mail was answered; close it if it is not to be used again."""
         current = self.busy.pop(connection, self) is None  # else the service went down after the mail was sent
         self.service.answered(action, connection.since, current, now)
-        connection.idle_since = now
+        connection.answered(now)
         keep = reuse and current and not connection.spent
         if self.use is not CHECKED:
             keep = keep and self.use is UNCHECKED and now > self.once_until

@@ -271,7 +271,6 @@ class SmtpdLoad:
         wrong += result.defaults if result.defaults > self._defaults * result.requests else 0
         wrong += 0 if self._second_try else result.errors.total()
         assert kind is not None or not wrong, (wrong, [each for each in self._ended if each.error][:5])
-#X()['errors'], [each for each in self._ended if each.error][:5])
 
 
 class ProxyProcess(Process):

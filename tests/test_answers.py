@@ -35,8 +35,8 @@ from tests.support import (
 )
 
 
-def strangers(proxy: ProxyProcess, clients: int, requests: int) -> int:
-    """Return how many requests had the answer of another."""
+def strangers(proxy: ProxyProcess, clients: int, requests: int, think: float = 0) -> int:
+    """Return how many requests had the answer of another; `think`: seconds of a client between two of them."""
 
     def work(_: int) -> int:
         wrong = 0
@@ -45,6 +45,7 @@ def strangers(proxy: ProxyProcess, clients: int, requests: int) -> int:
                 instance = new_instance()
                 action = client.ask(request(instance=instance))
                 wrong += instance not in action and action != 'dunno'
+                time.sleep(think)
         return wrong
 
     return sum(in_threads(clients, work))
@@ -59,12 +60,12 @@ def test_i2_a_server_that_always_answers_twice_gives_nobody_anothers_verdict(pau
 
 
 @pytest.mark.parametrize('maximum', ['1', ''])
-@pytest.mark.parametrize('pause', [0, 0.01])
+@pytest.mark.parametrize('pause', [0, 0.1])
 def test_i2_a_server_that_answers_twice_now_and_then_is_found_out_at_the_first_time(pause: float, maximum: str) -> None:
     count = iter(range(10**9))
     with stubs(checked(twice(pause, lambda peer: next(count) % 5 == 4))) as (a,):
         with ProxyProcess('-s', a.service + '::::' + maximum) as proxy:
-            wrong = strangers(proxy, 8, 10)
+            wrong = strangers(proxy, 8, 10, think=0.7 * pause)
             # what comes after the next request was sent cannot be told from its answer: once on each connection, but
             # where all wait for the only one, for a second, as that is never silent
             assert maximum or wrong <= 8, f'{wrong} of 80'
@@ -72,16 +73,23 @@ def test_i2_a_server_that_answers_twice_now_and_then_is_found_out_at_the_first_t
             assert strangers(proxy, 8, 10) == 0
 
 
-def test_i2_one_surplus_answer_and_then_a_well_server() -> None:
+@pytest.mark.parametrize('seconds', [0, 0.1])
+def test_i2_one_surplus_answer_and_then_a_well_server(seconds: float) -> None:
+    """Strangers' answers end, also at a server that takes longer for each than a connection has to be silent."""
     once = [1]
 
     def now(peer: Peer) -> bool:
-        return len(peer.server.requests) > 200 and bool(once) and bool(once.pop())
+        return len(peer.server.requests) > 50 and bool(once) and bool(once.pop())
 
-    with stubs(twice(0.004, now)) as (a,):
+    def behave(peer: Peer, message: bytes) -> None:
+        time.sleep(0 if is_check(message) else seconds)
+        answer_twice(peer, message)
+
+    answer_twice = twice(0.004, now)
+    with stubs(behave) as (a,):
         with ProxyProcess('-s', a.service + '::::10') as proxy:
             wrong: list[float] = []
-            end = time.monotonic() + 4
+            end = time.monotonic() + 4 + 40 * seconds
 
             def work(_: int) -> None:
                 with proxy.client() as client:
@@ -93,7 +101,8 @@ def test_i2_one_surplus_answer_and_then_a_well_server() -> None:
             in_threads(20, work)
             assert not once, 'it answered twice'
             print(len(wrong), 'strangers')
-            assert not wrong or wrong[-1] - wrong[0] < 1.5 * SCALE
+            # on that one connection alone, for a twentieth of which it is silent
+            assert not wrong or wrong[-1] - wrong[0] < (1.5 + 30 * seconds) * SCALE
 
 
 @pytest.mark.parametrize('killed', [True, False])
@@ -206,6 +215,7 @@ def test_i2_a_connection_that_speaks_after_the_pool_has_looked_is_not_asked() ->
     with stubs(echo) as (a,):
         pool = pool_of(a.service)
         connection = Connection(pool, time.monotonic())
+        connection.user = gevent.getcurrent()
         assert connection.ask(request(instance='one')) == b'DUNNO one A'
         pool.busy[connection] = None
         a.peers[0].send(b'action=REJECT stranger\n\n')

@@ -63,7 +63,7 @@ def test_a_retry_has_the_least_used_connection_or_a_new_one_if_that_needs_a_rest
     (pool,) = proxy.pools.values()
     ended, much, little = (Connection(pool, now) for _ in range(3))
     ended.used, much.used, little.used = 7, 6, 3
-    little.silent_at = now if rested else now - 2
+    little.rest_at = now + rested
     pool.busy[ended] = None
     pool.idle += [little, much]
     with far, contextlib.closing(Client(near)) as client:
@@ -111,6 +111,7 @@ def test_an_answer_that_drips_is_not_read_again_at_each_drop(monkeypatch: pytest
     monkeypatch.setattr(hapolicy_gevent, 'EMPTY_LINE', search)
     with stubs(drip) as (a,):
         connection = Connection(pool_of(a.service), time.monotonic())
+        connection.user = gevent.getcurrent()
         assert connection.ask(b'request=smtpd_access_policy\n\n') == b'DUNNO'
         connection.close()
     assert sum(searched) < 10 * len(DRIPS), 'bytes'
@@ -670,7 +671,7 @@ def test_a_connection_that_needs_its_rest_is_left_to_it_while_another_does_not(h
     near, far = gevent.socket.socketpair()
     with near, far:
         resting, other = Connection(pool, now), Connection(pool, now)
-        other.silent_at = now - 0.5
+        other.rest_at = now + 0.5
         pool.idle = [resting] if held else [other, resting]
         pool.held = {other: None} if held else {}
         client = hapolicy_gevent.Client(near)
