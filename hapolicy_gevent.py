@@ -210,6 +210,10 @@ class Ended(ServiceFailure):
     """Nobody's fault: a connection that had answered something ended before the first byte of an answer."""
 
 
+class NotSent(Ended):
+    """Nobody's fault: a connection that had answered something ended before a request was sent."""
+
+
 # ---------------------------------------------------------------------------
 # Protocol: bytes in, requests and actions out. SMTPD_POLICY_README and attr_scan_plain.c of
 # Postfix are the grammar.
@@ -1185,23 +1189,24 @@ class Connection(Wire):
         return self._take_in(b'', closed=True) or b''
 
     def answered(self, now: float) -> None:
-        """Begin to be idle. The silence that it needs is QUIET and the time that its last request took.
+        """Begin to be idle. The silence that it needs is QUIET and what its answer took, and at most doubles.
 
         After a surplus answer each request gets its predecessor's answer, for as long as the next request comes before
-        its own answer.
+        its own answer. One slow answer says little: it may have waited for a child of the server to be free.
         """
-        self.idle_since, self.quiet_at = now, now + QUIET + now - self.since
+        quiet = min(QUIET + now - self.since, 2 * (self.quiet_at - self.idle_since))
+        self.idle_since, self.quiet_at = now, now + quiet
 
     def needs_rest(self, now: float) -> bool:
         """Return whether its next request would have to wait, as it was used for too long without enough silence."""
         return self.rest_at < now < self.quiet_at
 
     def _see_silence(self) -> None:
-        """Wait until it has been silent for long enough since its last answer. Raises Ended if something came."""
+        """Wait until it has been silent for long enough since its last answer. Raises NotSent if something came."""
         if said := self.listen(self.quiet_at - self.since):
             if said is SURPLUS:
                 self.pool.said_more('what nobody asked for', self.since)
-            raise Ended(DROPPED, 'it was not silent before its use')
+            raise NotSent(DROPPED, 'it was not silent before its use')
         self._was_silent()
 
     def _was_silent(self) -> None:
@@ -2042,10 +2047,12 @@ class Proxy:
                     action = connection.ask(request, deadline - connection.since)
                     break
                 except ServiceFailure as fault:
+                    sent = not isinstance(fault, NotSent)
                     single = pool.use is SINGLE_USE and fault.reason in (DROPPED, REFUSED)
-                    if retried or connection not in pool.busy or not (single or isinstance(fault, Ended)):
+                    once_more = not sent or (not retried and (single or isinstance(fault, Ended)))
+                    if not once_more or connection not in pool.busy:
                         raise  # not busy: the service went down meanwhile
-                    retried, used = True, connection.used
+                    retried, used = retried or sent, connection.used
                     self.statistics.retries += 1
                     connection = self._retry(connection, client, deadline, tried)
         except ClientFault:
@@ -2068,13 +2075,13 @@ class Proxy:
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Sequence[Pool]) -> Connection:
         """Return a connection that carries a request to the same service, in place of one that ended.
 
-        A new connection without a check, in the same place. But if an idle one has given fewer answers, that one: the
-        server may end each after so many answers. If the service is full, one that comes free. Raises ServiceFailure.
+        A new connection without a check, in the same place. But if an idle one has given fewer answers, that one; if
+        the service is full, one that comes free. The server may end each after so many answers: a used one has to be
+        silent before it is asked. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
-        pool.idle.sort(key=lambda each: each.used, reverse=True)  # take() takes the last one, unless that needs a rest
-        least = pool.idle[-1] if pool.idle and pool.use is not UNCHECKED else connection
-        if connection.used and not pool.checker.full and (least.used >= connection.used or least.needs_rest(now)):
+        pool.idle.sort(key=lambda each: each.used, reverse=True)  # take() takes the last one
+        if connection.used and not pool.checker.full and not (pool.idle and pool.idle[-1].used < connection.used):
             connection.reopen()
             return connection
         pool.busy.pop(connection, None)
@@ -2087,6 +2094,7 @@ class Proxy:
             deadline = min(deadline, now + STALLED_PATIENCE)  # the next service may answer
         if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
             raise Ended(DROPPED, 'it ended without an answer, and no other connection came free')
+        found.rest_at = 0.0
         return found
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,

@@ -216,6 +216,7 @@ def test_connections_that_have_ended_a_moment_ago_are_not_counted_as_open() -> N
     with stubs(echo) as (a,):
         (pool,) = Queue([parse_service(a.service)], Log()).pools.values()
         connection = Connection(pool, time.monotonic())
+        connection.user = gevent.getcurrent()
         assert connection.ask(request(instance='one')) == b'DUNNO one A'
         pool.idle.append(connection)
         assert pool.look() == 1

@@ -27,7 +27,7 @@ from hapolicy_gevent import (
     ServiceFailure,
     parse_service,
 )
-from tests.servers import FewAtATime, RefusesBeyond, closes_after, for_sender
+from tests.servers import FewAtATime, Prefork, RefusesBeyond, closes_after, for_sender
 from tests.support import (
     SCALE,
     Behaviour,
@@ -56,19 +56,40 @@ def pool_of(service: str) -> Pool:
     return pool
 
 
-@pytest.mark.parametrize('rested', [True, False])
-def test_a_retry_has_the_least_used_connection_or_a_new_one_if_that_needs_a_rest(rested: bool) -> None:
+def test_one_slow_answer_does_not_make_a_connection_rest_for_long() -> None:
+    now = time.monotonic()
+    connection, rests = Connection(pool_of('A=127.0.0.1:1'), now), []
+    for took in (5, 0.01, 1, 1, 1, 1, 1):
+        connection.since = now
+        connection.answered(now + took)
+        rests.append(round(connection.quiet_at - connection.idle_since, 3))
+    assert rests == [0.1, 0.06, 0.12, 0.24, 0.48, 0.96, 1.05], 'it may have waited for a child of the server'
+
+
+@pytest.mark.parametrize('used', [3, 7])
+def test_a_retry_has_a_less_used_connection_which_has_to_be_silent_or_a_new_one(used: int) -> None:
     proxy = Proxy([parse_service('A=unix:/a')], b'', b'', 20, Log())
     (near, far), now = socket.socketpair(), time.monotonic()
     (pool,) = proxy.pools.values()
     ended, much, little = (Connection(pool, now) for _ in range(3))
-    ended.used, much.used, little.used = 7, 6, 3
-    little.rest_at = now + rested
+    ended.used, much.used, little.used, little.rest_at = 7, 7, used, now + 1
     pool.busy[ended] = None
-    pool.idle += [little, much]
+    pool.idle = [little, much]
     with far, contextlib.closing(Client(near)) as client:
         found = proxy._retry(ended, client, now + 20, [pool])
-    assert found is (little if rested else ended), found.used
+    assert found is (little if used < 7 else ended) and found.rest_at < now
+
+
+def test_a_retry_is_not_sent_on_a_connection_that_ends_too() -> None:
+    """As at a full server, each of whose connections ends a moment after so many answers."""
+
+    def end(sock: socket.socket) -> None:
+        time.sleep(0.02)
+        sock.close()
+
+    with Prefork(3, closes_after(3, slow(0.1), end)) as a, ProxyProcess('-s', a.service) as proxy:
+        assert set(ask_all(proxy, 12, 10)) == {'A'}
+        assert 'is full' in proxy.log and 'is down' not in proxy.log
 
 
 @pytest.mark.parametrize('late', [0, 0.1])
