@@ -1188,17 +1188,12 @@ class Connection(Wire):
             raise (Ended if self.used else ServiceFailure)(DROPPED, 'it hung up without an answer')
         return self._take_in(b'', closed=True) or b''
 
-    def answered(self, now: float) -> None:
-        """Begin to be idle. The silence that it needs is QUIET and what its answer took, and at most doubles.
+    def needs_rest(self, now: float) -> bool:
+        """Return whether its next request would have to wait, as it was used for too long without enough silence.
 
         After a surplus answer each request gets its predecessor's answer, for as long as the next request comes before
-        its own answer. One slow answer says little: it may have waited for a child of the server to be free.
+        its own answer.
         """
-        quiet = min(QUIET + now - self.since, 2 * (self.quiet_at - self.idle_since))
-        self.idle_since, self.quiet_at = now, now + quiet
-
-    def needs_rest(self, now: float) -> bool:
-        """Return whether its next request would have to wait, as it was used for too long without enough silence."""
         return self.rest_at < now < self.quiet_at
 
     def _see_silence(self) -> None:
@@ -1252,10 +1247,10 @@ class Connection(Wire):
                 raise
             self.reopen()
             action = self.ask(CHECK)
-        self.answered(time.monotonic())
-        self.pool.service.check_answered(self.since, self.idle_since)
+        self.pool.service.check_answered(self.since, time.monotonic())
         said = self.spent or self.listen(QUIET)
-        self.rest_at = self.idle_since + REST_AFTER * QUIET
+        self.idle_since = time.monotonic()
+        self.quiet_at, self.rest_at = self.idle_since + QUIET, self.idle_since + REST_AFTER * QUIET
         return said, action
 
     def reopen(self) -> None:
@@ -1635,7 +1630,10 @@ class Pool:
         """Take back a connection whose mail was answered; close it if it is not to be used again."""
         current = self.busy.pop(connection, self) is None  # else the service went down after the mail was sent
         self.service.answered(action, connection.since, current, now)
-        connection.answered(now)
+        # it is to be silent for QUIET and what the answer took; twice as long as before at most, as a slow answer may
+        # have waited for a child of the server
+        quiet, most = QUIET + now - connection.since, 2 * (connection.quiet_at - connection.idle_since)
+        connection.idle_since, connection.quiet_at = now, now + (quiet if quiet < most else most)
         keep = reuse and current and not connection.spent
         if self.use is not CHECKED:
             keep = keep and self.use is UNCHECKED and now > self.once_until

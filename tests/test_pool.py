@@ -58,10 +58,11 @@ def pool_of(service: str) -> Pool:
 
 def test_one_slow_answer_does_not_make_a_connection_rest_for_long() -> None:
     now = time.monotonic()
-    connection, rests = Connection(pool_of('A=127.0.0.1:1'), now), []
+    pool = pool_of('A=127.0.0.1:1')
+    connection, rests = Connection(pool, now), []
     for took in (5, 0.01, 1, 1, 1, 1, 1):
-        connection.since = now
-        connection.answered(now + took)
+        connection.since, pool.busy = now, {connection: None}
+        pool.answered(connection, b'DUNNO', reuse=True, now=now + took)
         rests.append(round(connection.quiet_at - connection.idle_since, 3))
     assert rests == [0.1, 0.06, 0.12, 0.24, 0.48, 0.96, 1.05], 'it may have waited for a child of the server'
 
