@@ -531,8 +531,6 @@ def one_cycle(pools: Sequence[Pool]) -> Iterator[Pool]:
 without_tags = functools.partial(re.compile(rb'^prvs=\w{10}=|\+[^@]*|\b\d+\b(?=[^@]*@)').sub, b'')
 #: The hash of a key and a name is a product modulo this prime, so that it is in 1 to PRIME - 1 as its factors are.
 PRIME = 2**61 - 1
-#: What Sticky.order() needs of a service: the hash of its name, its weight (0 if all weights are equal), its pool.
-Node: TypeAlias = 'tuple[int, int, Pool]'
 
 
 def network(ipv4: int, ipv6: int, address: bytes) -> bytes:
@@ -544,6 +542,11 @@ def network(ipv4: int, ipv6: int, address: bytes) -> bytes:
         return address
 
 
+@functools.cache
+def name_hash(name: str) -> int:
+    return (zlib.crc32(name.encode()) + 1) ** 3
+
+
 class Sticky:
     """Sends the same mail to the same service, at each proxy: by a key made of some attributes. Pure.
 
@@ -551,40 +554,28 @@ class Sticky:
     service that is removed go to the others; a service that is added takes its share; no other key moves.
     """
 
-    def __init__(self, text: str, attributes: Iterable[tuple[str, Callable[[bytes], bytes] | None]]) -> None:
-        """Take the option's text and its attributes, each with a function that returns the part that counts."""
-        self._text = text
-        self._attributes = [(b'\n%s=' % name.encode(), part_of) for name, part_of in attributes]
+    def __init__(self, text: str, attributes: list[tuple[bytes, Callable[[bytes], bytes]]]) -> None:
+        """Take the option's text, and of each attribute '\\nname=' and a function that returns the part that counts."""
+        self._text, self._attributes = text, attributes
 
     def __str__(self) -> str:
         return self._text
 
     def key(self, request: bytes) -> bytes:
         """Return the key of a mail, which is the same each time the mail is tried; b'' if all attributes are empty."""
-        key = b''
-        if CR in request:
-            request = request.replace(b'\r\n', b'\n')
-        for name, part_of in self._attributes:
-            value = request.partition(name)[2].partition(b'\n')[0]
-            key += value if part_of is None else part_of(value[:MAX_VALUE])
-        return key.lower()
+        request = request.replace(b'\r\n', b'\n')
+        return b''.join([part_of(request.partition(name)[2].partition(b'\n')[0][:MAX_VALUE])
+                         for name, part_of in self._attributes]).lower()  # fmt: skip
 
     @staticmethod
-    def nodes(pools: Sequence[Pool]) -> list[Node]:
-        """Return the pools for order()."""
-        differ = len({pool.service.weight for pool in pools}) > 1
-        return [((zlib.crc32(pool.service.name.encode()) + 1) ** 3 % PRIME, differ * pool.service.weight, pool)
-                for pool in pools]  # fmt: skip
-
-    @staticmethod
-    def order(key: bytes, nodes: Iterable[Node]) -> list[Pool]:
+    def order(key: bytes, pools: Iterable[Pool]) -> list[Pool]:
         """Return the pools in the order of a key, the best first: by the key, the names and the weights alone."""
         number = (zlib.crc32(key) + 1) ** 2  # CRC-32 is linear: without a power similar keys have similar scores
-        scores: dict[Pool, float] = {}
-        for factor, weight, pool in nodes:
-            hashed = number * factor % PRIME
-            scores[pool] = math.log(hashed / PRIME) / weight if weight else hashed
-        return sorted(scores, key=scores.__getitem__, reverse=True)
+
+        def score(pool: Pool) -> float:
+            return math.log(number * name_hash(pool.service.name) % PRIME / PRIME) / pool.service.weight
+
+        return sorted(pools, key=score, reverse=True)
 
 
 class Balancer:
@@ -595,11 +586,10 @@ class Balancer:
 
     def __init__(self, pools: Iterable[Pool]) -> None:
         self.pools = sorted(pools, key=lambda pool: pool.service.prio)
-        self._nodes = Sticky.nodes(self.pools)
         self.up = 0  # services that are up
         self.sticky: Sticky | None = None  #: makes the key of each request, if there is one
-        #: For each prio: returns the turns of one cycle, from where it stopped last; and the nodes for Sticky.order().
-        self._rounds: list[tuple[Callable[[], Iterator[Pool]], list[Node]]] = []
+        #: For each prio: returns the turns of one cycle, from where it stopped last; and the pools for Sticky.order().
+        self._rounds: list[tuple[Callable[[], Iterator[Pool]], list[Pool]]] = []
         #: By instance, the pool that the other requests of a message go to, too; the longest known message first.
         self.bound: dict[bytes, Pool] = {}
         self.update()
@@ -618,10 +608,10 @@ class Balancer:
                 pool.places = 0
         self._rounds = []
         for prio in sorted({pool.service.prio for pool in self.pools if pool.places}):
-            nodes = [node for node in self._nodes if node[2].places and node[2].service.prio == prio]
-            turns = [*one_cycle([pool for _, _, pool in nodes])]
+            pools = [pool for pool in self.pools if pool.places and pool.service.prio == prio]
+            turns = [*one_cycle(pools)]
             cycle = functools.partial(itertools.islice, itertools.cycle(turns), len(turns))
-            self._rounds.append((cycle, nodes))
+            self._rounds.append((cycle, pools))
 
     def choose(self, instance: bytes, tried: Sequence[Pool], now: float, key: bytes = b'') -> Pool | None:
         """Return the pool that a request is to have a connection of; None if it may wait for any.
@@ -633,9 +623,9 @@ class Balancer:
             bound = self.bound.get(instance)
             if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
                 return bound
-        for turns, nodes in self._rounds:
+        for turns, pools in self._rounds:
             first_up: Pool | None = None
-            for pool in Sticky.order(key, nodes) if key else turns():
+            for pool in Sticky.order(key, pools) if key else turns():
                 if pool in tried or (now - pool.service.answered_at > pool.service.stall and pool.stalled(now)):
                     continue  # the comparison of times saves the call, nearly always
                 if pool.idle or pool.ready(now, STICKY_PATIENCE if key else PATIENCE):
@@ -655,7 +645,7 @@ class Balancer:
         """
         pools = self.pools
         if key:
-            pools = sorted(Sticky.order(key, self._nodes), key=lambda pool: pool.service.prio)
+            pools = sorted(Sticky.order(key, pools), key=lambda pool: pool.service.prio)
         left = [pool for pool in pools if pool not in tried]
         admitting = [pool for pool in left if pool.admits(waited, now)]
         if not admitting and (self.up or any(pool.checker.restarts(now) for pool in pools)):
@@ -2466,17 +2456,17 @@ def parse_word(text: str, option: str, pattern: str, allowed: str) -> str:
 
 def parse_sticky(text: str, option: str) -> Sticky:
     """Return the Sticky of the attributes that an option names. Raises UsageError."""
-    attributes: list[tuple[str, Callable[[bytes], bytes] | None]] = []
+    attributes: list[tuple[bytes, Callable[[bytes], bytes]]] = []
     with blaming(f"{option} '{text}'", 'attributes of policy requests, as client_address/24/64,sender,recipient'):
         for word in text.split(','):
             found = re.fullmatch(r'(\w+)(?:(?<=_address)/([^/]*)/([^/]*))?', word)
             if found is None or found[1] not in re.findall(r'(?m)^(\w+)=', CHECK.decode()):
                 raise UsageError(f"'{word}' is no attribute, nor an address with two prefix lengths, IPv4 and IPv6")
-            part_of: Callable[[bytes], bytes] | None = without_tags if found[1] == 'sender' else None
+            part_of: Callable[[bytes], bytes] = without_tags if found[1] == 'sender' else bytes
             if found[2] is not None:
                 ipv4 = parse_number(found[2], 'IPv4 prefix length', 1, 32)
                 part_of = functools.partial(network, ipv4, parse_number(found[3], 'IPv6 prefix length', 1, 128))
-            attributes.append((found[1], part_of and functools.lru_cache(MAX_VALUES)(part_of)))
+            attributes.append((f'\n{found[1]}='.encode(), functools.lru_cache(MAX_VALUES)(part_of)))
     return Sticky(text, attributes)
 
 

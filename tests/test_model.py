@@ -267,7 +267,7 @@ class Model(RuleBasedStateMachine):
         chosen = Balancer.choose(balancer, instance, tried, now, key)
         if key and chosen is not None:
             there = [pool for pool in balancer.pools if pool.service.prio == chosen.service.prio and pool.places]
-            order = Sticky.order(key, Sticky.nodes(there))
+            order = Sticky.order(key, there)
             self.past_its_own |= any(pool.idle and len(pool.busy) < pool.places and pool not in tried
                                      and not pool.stalled(now) for pool in order[: order.index(chosen)])  # fmt: skip
         return chosen

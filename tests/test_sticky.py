@@ -70,7 +70,7 @@ class Ordered:
 def order_of(key: bytes, services: Iterable[Service]) -> list[str]:
     """Return the names of services in the order of a key."""
     pools: Any = [Ordered(service) for service in services]
-    return [pool.service.name for pool in Sticky.order(key, Sticky.nodes(pools))]
+    return [pool.service.name for pool in Sticky.order(key, pools)]
 
 
 def order(key: bytes, weights: dict[str, int]) -> list[str]:
@@ -308,8 +308,8 @@ def test_another_python_with_another_seed_of_hashes_comes_to_the_same(seed: str)
             made = Ordered()
             made.service = module.Service(name, module.Address(0, 'h', 1), 10, weight)
             return made
-        nodes = module.Sticky.nodes([pool(*each) for each in {WEIGHTS}.items()])
-        names = [module.Sticky.order(b'%d@example.net' % i, nodes)[0].service.name for i in range(3000)]
+        pools = [pool(*each) for each in {WEIGHTS}.items()]
+        names = [module.Sticky.order(b'%d@example.net' % i, pools)[0].service.name for i in range(3000)]
         print(zlib.crc32(' '.join(names).encode()))
     """
     done = subprocess.run([PYTHON, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONHASHSEED': seed},
@@ -327,11 +327,10 @@ def worst(mails: Iterable[traffic.Mail], weights: dict[str, int]) -> float:
     sticky = parse_sticky(TRIPLET, '--sticky')
     head, tail = request(client_address='', sender='', recipient='').split(b'client_address=\n')
     pools: Any = [Ordered(service(name, weight=weight)) for name, weight in weights.items()]
-    nodes = Sticky.nodes(pools)
     counted: Counter[str] = Counter()
     for mail in mails:
         lines = f'client_address={mail.client_address}\nsender={mail.sender}\nrecipient={mail.recipient}\n'
-        counted[Sticky.order(sticky.key(head + lines.encode() + tail), nodes)[0].service.name] += 1
+        counted[Sticky.order(sticky.key(head + lines.encode() + tail), pools)[0].service.name] += 1
     parts = {name: counted.total() * weight / sum(weights.values()) for name, weight in weights.items()}
     return max(abs(counted[name] / part - 1) for name, part in parts.items())
 
