@@ -698,9 +698,8 @@ def verdict(action: bytes) -> str:
     return VERDICT_OF.get(word, OTHER)
 
 
-#: Upper bounds of a histogram in seconds, 0.1 ms to 100 s, ten for each power of ten (R10 of ISO 3), so 1-2-5 are
-#: among them.
-STEPS = (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)
+STEPS = (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)  # ISO 3's R10, with 1-2-5 among them
+#: Upper bounds of a histogram in seconds, 0.1 ms to 100 s.
 BOUNDS = (*(step * 10.0**power for power in range(-4, 2) for step in STEPS), 100.0)
 
 
@@ -727,8 +726,7 @@ class Tally:
 
     def fail(self, seconds: float, why: str, now: float) -> None:
         """Count a query that failed after so many seconds."""
-        for i in range(bisect_left(BOUNDS, seconds), len(self.failed)):
-            self.failed[i] += 1
+        self.failed = [*map(add, self.failed, within([seconds]))]
         self.last_failure = now, why
 
     def read(self) -> list[int]:
@@ -889,10 +887,9 @@ class Log:
                     self._socket.settimeout(1)
                 self._socket.sendall(line + b'\0' if self._socket.type == socket.SOCK_STREAM else line)
                 return True
-            except (TimeoutError, FileNotFoundError):  # it hangs, and a second has gone; or there is none
-                return False
-            except OSError:
-                continue
+            except OSError as error:
+                if isinstance(error, (TimeoutError, FileNotFoundError)):  # it hangs, and a second has gone; or is none
+                    break
         return False
 
     def _to_descriptor(self, lines: list[Line]) -> list[Line]:
