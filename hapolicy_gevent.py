@@ -83,8 +83,8 @@ import time
 import traceback
 import warnings
 import zlib
-from bisect import bisect_left, bisect_right, insort
-from collections import Counter, deque
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import add, sub
 from types import SimpleNamespace
@@ -448,9 +448,7 @@ class Service(Settings):
     def answered(self, action: bytes, since: float, current: bool, now: float) -> None:
         """Count an answer to a mail that was sent at `since`; if not `current`, the service went down meanwhile."""
         self.answers += 1
-        tally = self.tally
-        tally.seconds.append(now - since)
-        tally.actions.append(action)
+        self.tally.answer(now - since, action)
         if current:
             self.answered_at = now
             if since > self.newest:
@@ -699,56 +697,42 @@ def verdict(action: bytes) -> str:
 
 
 STEPS = (1, 1.25, 1.6, 2, 2.5, 3.15, 4, 5, 6.3, 8)  # ISO 3's R10, with 1-2-5 among them
-#: Upper bounds of a histogram in seconds, 0.1 ms to 100 s.
-BOUNDS = (*(step * 10.0**power for power in range(-4, 2) for step in STEPS), 100.0)
-
-
-def within(seconds: Iterable[float]) -> list[int]:
-    """Return how many of these times are within each of BOUNDS, and how many there are."""
-    ordered = sorted(seconds)  # a search for each bound costs less than one for each time
-    return [*(bisect_right(ordered, bound) for bound in BOUNDS), len(ordered)]
+#: Upper bounds of the steps of a histogram in seconds, 0.1 ms to 100 s and for ever.
+BOUNDS = (*(step * 10.0**power for power in range(-4, 2) for step in STEPS), 100.0, math.inf)
 
 
 class Tally:
     """What became of a service's queries: how long they took, as histograms, and what its answers do to the mail."""
 
     def __init__(self) -> None:
-        self._answered, self.failed = within([]), within([])  # queries with and without an answer, within each bound
-        #: As of the last read(): answers by verdict, and the sum of their seconds.
+        self.answered, self.failed = [0] * len(BOUNDS), [0] * len(BOUNDS)  # queries with and without an answer, by step
         self.verdicts = dict.fromkeys(VERDICTS, 0)
-        self.sum = 0.0
-        self.mean = math.inf  # seconds of an answer, on average, of those that the last read() found new
-        #: Appended to by each answer, and counted by read(), once a second at least: that costs less than one by one.
-        #: Two lists: the garbage collector would look at each pair in a list of pairs.
-        self.seconds: list[float] = []
-        self.actions: list[bytes] = []
+        self.sum = 0.0  # seconds of all answers
+        self.mean = math.inf  # seconds of an answer, on average: each new one counts as much as all before it
         self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
+
+    def answer(self, seconds: float, action: bytes) -> None:
+        """Count a query that was answered after so many seconds."""
+        self.answered[bisect_left(BOUNDS, seconds)] += 1
+        self.verdicts[verdict(action)] += 1
+        self.sum += seconds
+        self.mean = seconds if self.mean == math.inf else (self.mean + seconds) / 2
 
     def fail(self, seconds: float, why: str, now: float) -> None:
         """Count a query that failed after so many seconds."""
-        self.failed = [*map(add, self.failed, within([seconds]))]
+        self.failed[bisect_left(BOUNDS, seconds)] += 1
         self.last_failure = now, why
-
-    def read(self) -> list[int]:
-        """Return how many answers came within each bound."""
-        self._answered = [*map(add, self._answered, within(self.seconds))]
-        for word, number in Counter([action.partition(b' ')[0] for action in self.actions]).items():
-            self.verdicts[verdict(word)] += number
-        if self.seconds:
-            new = sum(self.seconds)
-            self.sum, self.mean = self.sum + new, new / len(self.seconds)
-        self.seconds.clear()
-        self.actions.clear()
-        return self._answered
 
 
 def quantiles(counts: Iterable[int], pool: Pool, now: float) -> dict[str, float | None]:
-    """Return p50, p95 and p99 in seconds, each one of BOUNDS (the last one for longer times, too); None for no query.
+    """Return p50, p95 and p99 in seconds, each one of BOUNDS (100 s for longer times, too); None for no query.
 
-    `counts`: answered and failed queries within each bound. The queries in flight are added, with their time so far.
+    `counts`: answered and failed queries by step. The queries in flight are added, with their time so far.
     """
-    seen = [*map(add, counts, within(now - query.since for query in pool.busy))]
-    bounds = (*BOUNDS, BOUNDS[-1])
+    counts = [*counts]
+    for query in pool.busy:
+        counts[bisect_left(BOUNDS, now - query.since)] += 1
+    seen, bounds = [*itertools.accumulate(counts)], (*BOUNDS[:-1], 100.0)
     return {f'p{part}': bounds[bisect_left(seen, part / 100 * seen[-1])] if seen[-1] else None for part in (50, 95, 99)}
 
 
@@ -766,7 +750,7 @@ class Statistics:
 
 
 #: Counters at one time. Under None: monotonic seconds, requests, answers, default actions. Under each service: answers,
-#: failures, and how many of both were within each bound.
+#: failures, and both by step of the histogram.
 Counts: TypeAlias = 'dict[Service | None, list[Any]]'
 
 
@@ -775,7 +759,7 @@ def sample(proxy: Proxy) -> Counts:
     counted = proxy.statistics
     counts: Counts = {None: [time.monotonic(), counted.requests, counted.answers, sum(counted.defaults.values())]}
     for service in proxy.pools:
-        counts[service] = [service.answers, service.failed, *map(add, service.tally.read(), service.tally.failed)]
+        counts[service] = [service.answers, service.failed, *map(add, service.tally.answered, service.tally.failed)]
     return counts
 
 
@@ -2169,7 +2153,6 @@ class Proxy:
     def _each_second(self, now: float) -> None:
         self._balancer.forget()
         for service, pool in self.pools.items():
-            service.tally.read()
             pool.prune(now)
             if pool.waiting:
                 self.queue.hand_over(pool, now)
@@ -2416,7 +2399,8 @@ def ago(then: float) -> str:
 
 def buckets(tally: Tally) -> list[tuple[str, int]]:
     """Return a histogram in Prometheus's form, with the 1-2-5 bounds alone."""
-    counted = zip([*(f'{bound:g}' for bound in BOUNDS), '+Inf'], tally.read(), strict=True)
+    names = [*(f'{bound:g}' for bound in BOUNDS[:-1]), '+Inf']
+    counted = zip(names, itertools.accumulate(tally.answered), strict=True)
     return [(bound, count) for bound, count in counted if bound.strip('0.') in ('1', '2', '5', '+Inf')]
 
 

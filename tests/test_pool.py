@@ -613,8 +613,7 @@ def test_connections_are_given_up_the_less_often_the_more_that_costs_the_server(
 ) -> None:  # fmt: skip
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.checker.latest, pool.checker.began, pool.checker.full, pool.passed = check, now, full, True
-    pool.service.tally.seconds.append(mail)
-    pool.service.tally.read()
+    pool.service.tally.answer(mail, b'DUNNO')
     connections = [Connection(pool, now + i) for i in range(number)]
     pool.busy = dict.fromkeys(connections)
     pace = pace or 100
