@@ -101,43 +101,31 @@ __version__ = '2.1.0'
 # Constants
 # ---------------------------------------------------------------------------
 
-#: Bytes of one request or answer, at most. Postfix sends under 20 kB.
-MAX_MESSAGE = 65536
-#: Bytes asked from one recv(); a usual request has 600. 64 kB would be allocated and given back each time.
-RECEIVE = 8192
+MAX_MESSAGE = 65536  #: bytes of one request or answer, at most; Postfix sends under 20 kB
+RECEIVE = 8192  #: bytes asked from one recv(): a usual request has 600, and 64 kB would be allocated each time
 
 DEFAULT_PRIO, DEFAULT_WEIGHT = 10, 1
-#: Seconds; the ancestor's, above the 20 s that SPF servers allow themselves.
-DEFAULT_TIMEOUT = 30.0
-#: Requests in flight per service: Postfix's default_process_limit.
-DEFAULT_MAX = 100
-#: Seconds to connect, which are part of the service's timeout: two lost SYNs (1 s + 2 s) and some room.
-CONNECT_TIMEOUT = 5.0
+DEFAULT_TIMEOUT = 30.0  #: seconds; the ancestor's, above the 20 s that SPF servers allow themselves
+DEFAULT_MAX = 100  #: requests in flight per service: Postfix's default_process_limit
+CONNECT_TIMEOUT = 5.0  #: seconds to connect, of a service's timeout: two lost SYNs (1 s + 2 s) and some room
 
-#: Seconds of silence behind an answer that prove that no second one follows.
-QUIET = 0.05
+QUIET = 0.05  #: seconds of silence behind an answer that prove that no second one follows
 #: A connection that was used for so many times the silence that it needs has to be silent before its next use.
 REST_AFTER = 20
 #: Seconds for which a message holds the connection that answered it, and the most connections opened for that reason.
 HOLD, MAX_IDLE = 1.0, 20
-#: Seconds for which an idle connection is kept while another one is open: a server may have few workers.
-SPARE_IDLE = 2.0
-#: Seconds for which each connection carries one request, after a server sent more than an answer.
-ONCE = 60.0
+SPARE_IDLE = 2.0  #: seconds an idle connection is kept while another one is open: a server may have few workers
+ONCE = 60.0  #: seconds for which each connection carries one request, after a server sent more than an answer
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl. Under spawn(8) GIVE_UP.
 MAX_AGE = 1000.0
 #: Seconds between connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
 #: children. Divided by the root of their number where the server is full.
 GIVE_UP = 1.5
-#: Seconds that a new connection waits for the lookup of a host name; then it takes the address of the last lookup.
-LOOKUP = 1.0
+LOOKUP = 1.0  #: seconds that a new connection waits for the lookup of a host name; then the last address is taken
 
-#: Seconds from one look at the running checks to the next.
-TICK = 0.1
-#: A service is full if it answers a request that was sent so many seconds after a check that has no answer.
-UNANSWERED = 1.0
-#: Seconds without any answer after which a service is checked, and its last idle connection closed.
-UNHEARD = 30.0
+TICK = 0.1  #: seconds from one look at the running checks to the next
+UNANSWERED = 1.0  #: a service is full if it answers what was sent so many seconds after a check that has no answer
+UNHEARD = 30.0  #: seconds without any answer after which a service is checked, and its last idle connection closed
 #: Seconds between checks of a service that is down: the first pause, which each failed check doubles, and the longest.
 #: The first also while no service is up, and where a service is full. SOON: the pause in an outage's first moments.
 BACKOFF_FIRST, BACKOFF_MAX, SOON = 1.0, 30.0, 0.1
@@ -146,26 +134,21 @@ JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
 #: Mails at once at a service on trial, while no service is up; and seconds for which other mail, if it can wait for
 #: nothing else, waits for the answer to one of these mails or to a check.
 TRIALS, TRIAL_PATIENCE = 5, 0.5
-#: Messages whose service is remembered; more than that for a second at most: ten minutes of a very busy site.
-MAX_INSTANCES = 40000
-#: Bytes of an instance that is remembered; Postfix's have about 30.
-MAX_INSTANCE = 128
+MAX_INSTANCES = 40000  #: messages whose service is remembered, and those of one second: ten minutes of a very busy site
+MAX_INSTANCE = 128  #: bytes of an instance that is remembered; Postfix's have about 30
 
 #: Seconds without a request after which a client is closed at once when we drain. A client that asked later is closed
 #: with its next answer: its next request may be on the way already.
 LINGER = 1.0
-#: Seconds of --deadline that are reserved for the default action; and the shortest --deadline.
-RESERVED, MIN_DEADLINE = 0.005, 0.1
+RESERVED, MIN_DEADLINE = 0.005, 0.1  #: seconds of --deadline reserved for the default action; the shortest --deadline
 #: Seconds that a request waits for the service it was balanced to, before it may go to another one; the same with
 #: --sticky, where another greylist would defer it; and before it may go to a service that a slow message has stalled.
 PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
-#: Bytes of an attribute that are logged, and that count with --sticky; and values for which the part that counts is
-#: cached.
+#: Bytes of an attribute that are logged, and that count with --sticky; values whose part that counts is cached.
 MAX_VALUE, MAX_VALUES = 320, 4096
 
-#: Log lines that wait for the log daemon, and characters of one: rsyslog cuts at 8 kB, too. Seconds until a line is
-#: repeated that no further clients are served.
-MAX_LOG_LINES, MAX_LOG_LINE, LOG_AGAIN = 10000, 8000, 600.0
+MAX_LOG_LINES, MAX_LOG_LINE = 10000, 8000  #: lines that wait for the log daemon; characters: rsyslog cuts at 8 kB, too
+LOG_AGAIN = 600.0  #: seconds until it is logged again that no further clients are served
 
 LF, CR, SPACE = b'\n\r '  # numbers: `CR in data` takes a fourth of `b'\r' in data`, which tries a number first
 SWITCH_TO, THROW_INTO = greenlet.switch, greenlet.throw  # called with the greenlet as first argument
@@ -666,8 +649,7 @@ class Balancer:
 # Statistics and log lines
 # ---------------------------------------------------------------------------
 
-#: The proxy's counters, as log and status name them.
-COUNTERS = ('requests', 'answers', 'redispatches', 'retries', 'clients')
+COUNTERS = ('requests', 'answers', 'redispatches', 'retries', 'clients')  #: the proxy's, as log and status name them
 #: Why a default action was given.
 NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY = 'no service is up', 'all services failed', 'deadline', 'not a request'
 
@@ -675,10 +657,8 @@ ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6
 LEVELS = {ERROR: 'error', WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
 #: The beginning of a line on stderr, to be formatted with the line's level: systemd reads it (sd-daemon(3)).
 MARK = '<{}>' if 'JOURNAL_STREAM' in os.environ else ''
-#: Seconds without an answer to mail in flight, after which log and status call a service silent.
-SILENT = 1.0
-#: Severity and text of a line for the log.
-Line: TypeAlias = 'tuple[int, str]'
+SILENT = 1.0  #: seconds without an answer to mail in flight, after which log and status call a service silent
+Line: TypeAlias = 'tuple[int, str]'  #: severity and text of a line for the log
 #: What a request got: the action, the service that was asked last, how many services were asked, and why.
 Decision: TypeAlias = 'tuple[bytes, Service | None, int, str]'
 
