@@ -536,7 +536,7 @@ class Sticky:
     """
 
     def __init__(self, text: str, attributes: list[tuple[bytes, Callable[[bytes], bytes]]]) -> None:
-        """Take the option's text, and of each attribute '\\nname=' and a function that returns the part that counts."""
+        """Take the option's text, and of each attribute its name and a function that returns the part that counts."""
         self._text, self._attributes = text, attributes
 
     def __str__(self) -> str:
@@ -544,9 +544,7 @@ class Sticky:
 
     def key(self, request: bytes) -> bytes:
         """Return the key of a mail, which is the same each time the mail is tried; b'' if all attributes are empty."""
-        request = request.replace(b'\r\n', b'\n')
-        return b''.join([part_of(request.partition(name)[2].partition(b'\n')[0][:MAX_VALUE])
-                         for name, part_of in self._attributes]).lower()  # fmt: skip
+        return b''.join([part_of(attribute(request, name)[:MAX_VALUE]) for name, part_of in self._attributes]).lower()
 
     @staticmethod
     def order(key: bytes, pools: Iterable[Pool]) -> list[Pool]:
@@ -781,7 +779,7 @@ def printable(value: object) -> str:
 
 
 #: The attributes of a request that -l logs, in the ancestor's order.
-LOGGED = [b'\n%b=' % name for name in b'client_name client_address helo_name sender recipient instance'.split()]
+LOGGED = b'client_name client_address helo_name sender recipient instance'.split()
 
 
 def request_line(decision: Decision, request: bytes, delay: float) -> str:
@@ -790,8 +788,7 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
     asked = (('[-] (-)', '-', '-', '-', '-', '-') if service is None else
              (service, service.prio, service.weight, service.queries, service.answers, service.failed))  # fmt: skip
     head = '%s, prio: %s, weight: %s, queries: %s, answers: %s, failed: %s' % asked
-    text = b'\n' + request.replace(b'\r\n', b'\n').replace(b' ', rb'\x20')
-    *values, instance = [text.partition(name)[2].partition(b'\n')[0][:MAX_VALUE] for name in LOGGED]
+    *values, instance = [attribute(request, name).replace(b' ', rb'\x20')[:MAX_VALUE] for name in LOGGED]
     tail = b"client: %b[%b], helo: <%b>, from: <%b>, to: <%b>, action: '%b', instance: %b" % (*values, action, instance)
     return f'{head}, delay: {delay:.3f}s, {printable(tail)}, tries: {tries}, why: {why}'
 
@@ -2427,7 +2424,7 @@ def parse_sticky(text: str, option: str) -> Sticky:
             if found[2] is not None:
                 ipv4 = parse_number(found[2], 'IPv4 prefix length', 1, 32)
                 part_of = functools.partial(network, ipv4, parse_number(found[3], 'IPv6 prefix length', 1, 128))
-            attributes.append((f'\n{found[1]}='.encode(), functools.lru_cache(MAX_VALUES)(part_of)))
+            attributes.append((found[1].encode(), functools.lru_cache(MAX_VALUES)(part_of)))
     return Sticky(text, attributes)
 
 
