@@ -97,9 +97,7 @@ from greenlet import getcurrent, greenlet
 
 __version__ = '2.1.0'
 
-# ---------------------------------------------------------------------------
-# Constants
-# ---------------------------------------------------------------------------
+# --- Constants -------------------------------------------------------------------------------------------------------
 
 MAX_MESSAGE = 65536  #: bytes of one request or answer, at most; Postfix sends under 20 kB
 RECEIVE = 8192  #: bytes asked from one recv(): a usual request has 600, and 64 kB would be allocated each time
@@ -154,9 +152,7 @@ LF, CR, SPACE = b'\n\r '  # numbers: `CR in data` takes a fourth of `b'\r' in da
 SWITCH_TO, THROW_INTO = greenlet.switch, greenlet.throw  # called with the greenlet as first argument
 READ = 1  # libev's EV_READ, as gevent's loop.io() takes it
 
-# ---------------------------------------------------------------------------
-# Errors
-# ---------------------------------------------------------------------------
+# --- Errors ----------------------------------------------------------------------------------------------------------
 
 
 class UsageError(Exception):
@@ -197,10 +193,7 @@ class NotSent(Ended):
     """Nobody's fault: a connection that had answered something ended before a request was sent."""
 
 
-# ---------------------------------------------------------------------------
-# Protocol: bytes in, requests and actions out. SMTPD_POLICY_README and attr_scan_plain.c of
-# Postfix are the grammar.
-# ---------------------------------------------------------------------------
+# --- Protocol: bytes in, requests and actions out. Grammar: Postfix's SMTPD_POLICY_README, attr_scan_plain.c ---------
 
 
 EMPTY_LINE = re.compile(rb'\n\r?\n').search
@@ -293,9 +286,7 @@ def parse_answer(data: bytes, closed: bool = False, start: int = 0) -> tuple[byt
     raise InvalidAnswer('an answer without an action' if end else 'the end of the connection in mid-answer')
 
 
-# ---------------------------------------------------------------------------
-# Services and balancing: no I/O, `now` (monotonic seconds) is an argument
-# ---------------------------------------------------------------------------
+# --- Services and balancing: no I/O, `now` (monotonic seconds) is an argument ----------------------------------------
 
 #: Why a query failed. JUDGED are faults of the service; the others say nothing of it.
 REFUSED, UNREACHABLE, LATE, INVALID, DROPPED = JUDGED = ('refused', 'unreachable', 'timeout', 'invalid', 'dropped')
@@ -643,9 +634,7 @@ class Balancer:
             self.bound = dict(itertools.islice(self.bound.items(), len(self.bound) - MAX_INSTANCES // 2, None))
 
 
-# ---------------------------------------------------------------------------
-# Statistics and log lines
-# ---------------------------------------------------------------------------
+# --- Statistics and log lines ----------------------------------------------------------------------------------------
 
 COUNTERS = ('requests', 'answers', 'redispatches', 'retries', 'clients')  #: the proxy's, as log and status name them
 #: Why a default action was given.
@@ -869,9 +858,7 @@ class Log:
                 gevent.sleep(0.005)
 
 
-# ---------------------------------------------------------------------------
-# Connections, checks and the queue
-# ---------------------------------------------------------------------------
+# --- Connections, checks and the queue -------------------------------------------------------------------------------
 
 
 class Wire:
@@ -1812,9 +1799,7 @@ class Queue:
             waiter.woken.set()
 
 
-# ---------------------------------------------------------------------------
-# Proxy
-# ---------------------------------------------------------------------------
+# --- Proxy -----------------------------------------------------------------------------------------------------------
 
 
 class Client(Wire):
@@ -2172,9 +2157,7 @@ class Proxy:
         return now - self.stalled.get(pool.service, max(asked, pool.service.answered_at))
 
 
-# ---------------------------------------------------------------------------
-# Status endpoint. What only it needs is imported when it starts: under spawn(8) nobody pays for it.
-# ---------------------------------------------------------------------------
+# --- Status endpoint. What only it needs is imported when it starts: under spawn(8) nobody pays for it. --------------
 
 #: HTTP connections served at once, the seconds each may last, and bytes of a request's head.
 STATUS_CONNECTIONS, STATUS_SECONDS, STATUS_HEAD = 20, 5.0, 8192
@@ -2381,9 +2364,7 @@ def buckets(tally: Tally) -> list[tuple[str, int]]:
     return [(bound, count) for bound, count in counted if bound.strip('0.') in ('1', '2', '5', '+Inf')]
 
 
-# ---------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------
+# --- Command line ----------------------------------------------------------------------------------------------------
 
 
 def parse_action(text: str, option: str) -> bytes:
