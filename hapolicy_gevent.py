@@ -1057,7 +1057,7 @@ class Connection(Wire):
         """Set the state of a connection that has carried nothing."""
         self.since = self.idle_since = now  # when its last request was sent, and when that was answered
         self.expires = now + self.pool.queue.max_age
-        self.quiet_at = now + QUIET  # when it has been silent for long enough, if nothing comes
+        self.quiet_at = now + QUIET / 2  # when it is silent for long enough: QUIET behind its first answer, doubled
         self.rest_at = 0.0  # from when on that is required before its next use
         self.used = 0  # how many answers it gave, the one to its check included
         self.spent = ''  # why it must not be used again: ENDED or SURPLUS
