@@ -139,6 +139,7 @@ MAX_INSTANCE = 128  #: bytes of an instance that is remembered; Postfix's have a
 #: with its next answer: its next request may be on the way already.
 LINGER = 1.0
 RESERVED, MIN_DEADLINE = 0.005, 0.1  #: seconds of --deadline reserved for the default action; the shortest --deadline
+IN_LINE = 0.8  #: the part of --deadline for which a request waits for a connection; the rest is for the answer
 #: Seconds that a request waits for the service it was balanced to, before it may go to another one; the same with
 #: --sticky, where another greylist would defer it; and before it may go to a service that a slow message has stalled.
 PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
@@ -987,7 +988,7 @@ class Connector:
         self._known: list[tuple[int, Any]] = [] if self._named else [(family, where)]
         self._trouble = ''  # why the last lookup failed
         self._lookup: Any = None
-        self._began = 0.0  # when the lookup began (monotonic seconds)
+        self._began = self._changed = 0.0  # when the lookup began, and when the first address was changed last
 
     def _look_up(self) -> None:
         trouble = ''
@@ -1014,16 +1015,17 @@ class Connector:
                 return connect(*address, self._seconds / len(self._known))
             except (OSError, gevent.Timeout, gevent.GreenletExit) as error:
                 if self._known[:1] == [address]:
-                    self.rotate()
+                    self.rotate(math.inf)
                 if not isinstance(error, OSError):  # the query has timed out, or the check was stopped
                     raise
                 # a timeout is reported rather than a refusal: that address may be well, and only slow
                 failure = failure if isinstance(failure, TimeoutError) else error
         raise failure
 
-    def rotate(self) -> None:
-        """Make the next address the first: the first one cannot be connected to, or a check failed there."""
-        self._known = self._known[1:] + self._known[:1]
+    def rotate(self, since: float) -> None:
+        """Make the next address the first: what began at `since` failed at the first one, if that did not change."""
+        if since > self._changed:
+            self._known, self._changed = self._known[1:] + self._known[:1], time.monotonic()
 
 
 #: What Postfix asks in smtpd_client_restrictions, with all attributes of Postfix 3.12. Without sender and recipient a
@@ -1175,12 +1177,12 @@ class Connection(Wire):
 
         If the server hangs up or answers wrongly it is asked once more: once proves nothing. Raises ServiceFailure.
         """
-        self.user = getcurrent()  # the greenlet that asks
         try:
             action = self.ask(CHECK)
         except ServiceFailure as failure:
             if failure.reason not in (DROPPED, INVALID):
                 raise
+            self.pool.connector.rotate(self.since)
             self.reopen()
             action = self.ask(CHECK)
         self.pool.service.check_answered(self.since, time.monotonic())
@@ -1300,7 +1302,7 @@ class Checker:
     @property
     def _slow(self) -> float:
         """Seconds that hardly any answer takes: a server may take long for the first answer of a connection."""
-        return max(UNANSWERED, 2 * self.fastest)
+        return max(UNANSWERED, min(2 * self.fastest, CONNECT_TIMEOUT))
 
     def due(self, now: float) -> bool:
         """Return whether a check is due that no request waits for."""
@@ -1322,18 +1324,19 @@ class Checker:
         late = running > 0 and now - self.began > self._slow
         stuck = late and not self.full and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
-        wanted = min(len(pool.waiting), {CHECKED: pool.service.max, SINGLE_USE: 1, UNCHECKED: 0}[pool.use])
+        places = {CHECKED: pool.places - len(pool.busy), SINGLE_USE: 1, UNCHECKED: 0}[pool.use]
         one_more = more or stuck or down or self.due(now)
-        number = min(max(wanted, running + one_more), (1 if down else int(self.at_once)) + stuck)
+        wanted = max(min(len(pool.waiting), places), running + one_more)
+        number = min(wanted, (1 if down else int(self.at_once)) + stuck)
         if stuck:
-            pool.connector.rotate()
+            pool.connector.rotate(self.began)
             if running > 1 and (running >= number or not pool.room):
                 *elder, _ = self.running
                 self.stop(*elder)  # stops the youngest; the elder ones go on, as the server may only be slow
         for _ in range(min(number - len(self.running), pool.room)):
             self.began = now
             check = Connection(pool, now)
-            self.running[check] = self.spawn(check)
+            check.user = self.running[check] = self.spawn(check)
 
     def _run(self, check: Connection) -> None:
         kept = check  # in compiled code an argument is not held, and stop() drops the last reference
@@ -1385,7 +1388,7 @@ class Checker:
             return
         pool, service, reason = self.pool, self.pool.service, failure.reason
         self._failed_at = check.since
-        pool.connector.rotate()
+        pool.connector.rotate(check.since)
         if reason not in JUDGED:  # a fault of ours
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
@@ -1410,10 +1413,11 @@ class Checker:
     def _serves(self, check: Connection, reason: str) -> bool:
         """Return whether the service serves other connections, though a check failed."""
         heard = self.pool.service.heard_at - check.since
-        if reason is LATE:
-            return heard > 0
-        # single-use connections are closed by now, and a full server may free the place of one a moment later
-        lately = self.pool.use is SINGLE_USE and heard > (-GIVE_UP if self.full else 0)
+        if reason is LATE:  # no connection in time, while mail is under way: its backlog may be full
+            return heard > 0 or (check.poll is None and len(self.pool.busy) > 0)
+        # its connections may be closed by now, and another user of a full server may have taken their places
+        limited = self.pool.use is SINGLE_USE or (self.full > 0 and reason is DROPPED)
+        lately = limited and heard > (-GIVE_UP if self.full or reason is DROPPED else 0)
         return lately or self.pool.look() > 0 or self.answered > 0
 
     @property
@@ -1546,7 +1550,8 @@ class Pool:
                 if self.held.pop(connection, self) is self:
                     self.idle.remove(connection)
                 else:
-                    taken = now - connection.idle_since < HOLD and self.open + len(self.checker.running) < MAX_IDLE
+                    checks = len(self.checker.running)
+                    taken = now - connection.idle_since < HOLD and checks <= self.open < MAX_IDLE - checks
             elif self.opens:
                 connection = Connection(self, now)
             else:
@@ -1664,7 +1669,7 @@ class Pool:
         # a check may have waited for a child to be free; a mail did not
         seconds = 20 * min(self.checker.latest, self.service.tally.mean)
         pace = max(GIVE_UP / math.sqrt(number if full else 1), seconds / number)
-        if now - self.checker.began >= pace and pace < self.service.timeout / 3:
+        if now - max(self.checker.began, self.service.checked_at) >= pace and pace < self.service.timeout / 3:
             self.passed, self.checker.began = False, now
             min(connections, key=lambda each: (each not in self.idle, each.expires)).expires = now
             if full:
@@ -1864,7 +1869,7 @@ class Client(Wire):
         return self._rest_of_request(seconds) if request is None and buffer.data else request
 
     def _rest_of_request(self, seconds: float) -> bytes:
-        with gevent.Timeout(seconds, ClientFault(TOO_SLOW, f'{len(self._buffer.data)} bytes and no end')):
+        with gevent.Timeout(seconds, ClientFault(TOO_SLOW, f'no end within {seconds:.3g}s')):
             while not self.ended:
                 self._take_in(self.receive())
                 request = self._buffer.take()
@@ -1939,7 +1944,7 @@ class Proxy:
         client.instance = instance
         if self._balancer.sticky is not None:
             client.key = self._balancer.sticky.key(request)
-        deadline = now + self._deadline
+        deadline, patience = now + self._deadline, now + IN_LINE * self._deadline
         tried: list[Pool] = []
         failure: ServiceFailure | None = None
         while now < deadline:
@@ -1947,7 +1952,7 @@ class Proxy:
             if client.key and last is not None and last.pool is not pool:
                 last.pool.let_go(last, client, now)
             connection = pool.take(client, now) if pool is not None else None
-            if connection is None and (connection := self.queue.wait(client, pool, tried, deadline, now)) is None:
+            if connection is None and (connection := self.queue.wait(client, pool, tried, patience, now)) is None:
                 break
             tried.append(connection.pool)
             if instance and not client.key:
@@ -1963,7 +1968,7 @@ class Proxy:
             self.statistics.redispatches += 1
             return action, connection.pool.service, len(tried), f'answered after {failure.reason}'
         reason = NO_SERVICE if failure is None else ALL_FAILED
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= patience:
             reason = OUT_OF_TIME
         return self._give_default(client, reason, failure, tried)
 
@@ -2012,8 +2017,9 @@ class Proxy:
         silent before it is asked. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
-        pool.idle.sort(key=lambda each: each.used, reverse=True)  # take() takes the last one
-        if connection.used and not pool.checker.full and not (pool.idle and pool.idle[-1].used < connection.used):
+        pool.idle.sort(key=lambda each: each.used, reverse=True)  # take() takes the last one, unless that needs a rest
+        least = pool.idle[-1] if pool.idle else connection
+        if connection.used and not pool.checker.full and (least.used >= connection.used or least.needs_rest(now)):
             connection.reopen()
             return connection
         pool.busy.pop(connection, None)
@@ -2278,7 +2284,8 @@ class Status:
             **{name: getattr(service, name) for name in ('name', 'prio', 'weight', 'timeout', 'max', 'state', 'why',
                                                          'queries', 'answers', 'failed', 'failures')},
             'address': str(service.address), 'text': text, 'since': unix(service.since), 'use': pool.use,
-            'up': service.state is not DOWN and pool.admits(0, now),  # on trial only if a mail may try it now
+            # on trial only if a mail may try it now, and none waits for that
+            'up': service.state is UP or (service.state is TRIAL and not pool.waiting and pool.admits(0, now)),
             'stalled': stalled, 'silent': round(silent, 3), 'verdicts': service.tally.verdicts,
             'full': pool.checker.full or None, 'last_failure': f'{ago(failure[0])}: {failure[1]}' if failure else None,
             'in_flight': len(pool.busy), 'idle_connections': len(pool.idle) + len(pool.held),
@@ -2292,8 +2299,8 @@ class Status:
 
     def _headline(self, services: list[dict[str, Any]], minute: Counts, waits: list[float]) -> dict[str, str]:
         """Return how bad it is (ok, warning, bad), and in words which service, since when, why and what it cost."""
-        words = {UP: 'stalled', TRIAL: 'on trial', DOWN: 'down'}
-        trouble = [f'{row["name"]} is {words[row["state"]]} {row["text"]}.'
+        names = {UP: 'stalled', TRIAL: 'on trial', DOWN: 'down'}
+        trouble = [f'{row["name"]} is {names[row["state"]]} {row["text"]}.'
                    for row in services if row['state'] is not UP or row['stalled']]  # fmt: skip
         failing = [f'{service.name} failed {counts[1]} of {sum(counts[:2])} queries in the last minute.'
                    for service, counts in minute.items() if service and counts[1]]  # fmt: skip
@@ -2306,8 +2313,9 @@ class Status:
         given, level = minute[None][3], 'ok'
         if len(said) > 1 or given:
             level = 'warning' if any(row['up'] for row in services) else 'bad'
-            default = printable(self._options.default)
-            said.append(f"{given} requests got the default action '{default}' in the last minute.")
+            actions = dict.fromkeys((self._options.default, self._options.failed))  # one, if they are equal
+            words = "' or '".join(map(printable, actions))
+            said.append(f"{given} requests got the default action '{words}' in the last minute.")
         if max(waits, default=0.0) >= SILENT:
             said.append(f'{len(waits)} requests are in flight, the oldest for {duration(max(waits))}.')
         return {'level': level, 'text': ' '.join(said)}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import hapolicy_gevent
 from tests.support import (
     SCALE,
     HangUp,
@@ -19,6 +20,7 @@ from tests.support import (
     PostfixClient,
     ProxyProcess,
     SmtpdLoad,
+    answer,
     ask_all,
     echo,
     free_port,
@@ -129,6 +131,26 @@ def test_an_address_of_a_name_that_is_not_connected_to_is_tried_last(tmp_path: P
             assert [client.ask_own() for _ in range(5)] == ['A'] * 5
             assert time.monotonic() - began < 5 * SCALE, 'each is asked on a connection of its own'
             assert proxy.log.count('is down') <= 1 and ') failed: ' not in proxy.log
+
+
+def test_checks_that_fail_at_one_address_at_the_same_time_make_the_next_one_the_first() -> None:
+    address = hapolicy_gevent.Address(socket.AF_UNSPEC, 'x', 1)
+    connector, began = hapolicy_gevent.Connector(address, 1, print), time.monotonic()
+    connector._known = [(socket.AF_INET, ('127.0.0.1', 1)), (socket.AF_INET, ('127.0.0.2', 1))]
+    for _ in range(2):
+        connector.rotate(began)
+    assert connector._known[0][1][0] == '127.0.0.2'
+    connector.rotate(time.monotonic())
+    assert connector._known[0][1][0] == '127.0.0.1'
+
+
+def test_an_address_of_a_name_that_answers_wrongly_takes_no_service_down(tmp_path: Path) -> None:
+    names = NameServer(tmp_path)
+    with stubs(echo) as (a,), PolicyServerStub(answer(b'action=550\n\n'), 'B', a.port, host='127.0.0.3'):
+        names.write('127.0.0.3 127.0.0.1')
+        with ProxyProcess('-s', f'A=x:{a.port}', environment=names.environment) as proxy:
+            assert set(ask_all(proxy, 10, 5)) == {'A'}
+            assert 'is down' not in proxy.log
 
 
 def test_a_burst_goes_to_the_first_address_of_a_name_and_not_to_a_deaf_second(tmp_path: Path) -> None:

@@ -278,3 +278,20 @@ def test_a_client_that_leaves_in_the_moment_when_a_place_is_free_gives_it_back()
         assert len(pool.busy) == 1
         gevent.sleep(0.01)
         assert not pool.busy and not pool.waiting
+
+
+def test_more_mail_than_a_server_can_answer_in_time_costs_it_none_of_its_answers() -> None:
+    """Who has waited for too long must not have a connection for which no time is left."""
+    with stubs(slow(0.2)) as (a,), ProxyProcess('-s', a.service + '::::2', '--deadline=2') as proxy:
+        end = time.monotonic() + 8
+
+        def work(_: int) -> list[str]:
+            actions = []
+            with proxy.client() as client:
+                while time.monotonic() < end:
+                    actions.append(client.ask_own())
+            return actions
+
+        actions = Counter(action for actions in in_threads(40, work) for action in actions)
+        assert actions['A'] > 40, f'{actions}, and 80 are possible'
+        assert actions['default'] == proxy.log.count("given: default, deadline") > 40

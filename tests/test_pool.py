@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import select
 import socket
 import threading
 import time
@@ -14,7 +15,14 @@ import pytest
 
 import hapolicy_gevent
 from hapolicy_gevent import (
+    CHECKED,
+    DOWN,
+    DROPPED,
+    LATE,
+    REFUSED,
     RESET,
+    SINGLE_USE,
+    UP,
     Address,
     Client,
     ClientFault,
@@ -634,6 +642,76 @@ def test_the_last_connection_to_a_full_server_is_given_up_only_after_a_check_has
         pool.passed, pool.use, pool.checker.began = True, use, now - 60
         pool.share(now)
         assert (last.expires <= now) is (use == hapolicy_gevent.CHECKED)
+
+
+@pytest.mark.parametrize(('connected', 'busy', 'state'), [(False, True, UP), (False, False, DOWN), (True, True, DOWN)])
+def test_a_check_without_a_connection_in_time_while_mail_is_under_way_shows_a_full_backlog(
+    connected: bool, busy: bool, state: str,
+) -> None:  # fmt: skip
+    """As where the server is frozen for a moment; a host that is gone, or a server that hangs, is down."""
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    check, mail = Connection(pool, now - 5), Connection(pool, now - 5)
+    check.poll = mail.poll = select.poll().poll if connected else None
+    pool.checker.running[check] = True
+    pool.busy = {mail: None} if busy else {}
+    with contextlib.suppress(AttributeError):  # these connections have no socket
+        pool.checker.failed(check, ServiceFailure(LATE, 'no connection in time'), now)
+    assert pool.service.state is state and (pool.checker.full > 0) is (state is UP)
+
+
+@pytest.mark.parametrize('reason', [DROPPED, REFUSED])
+@pytest.mark.parametrize('full', [0, 1])
+@pytest.mark.parametrize('use', [CHECKED, SINGLE_USE])
+def test_a_check_that_is_hung_up_on_where_mail_was_answered_a_moment_ago_meets_a_limit(
+    reason: str, full: int, use: str
+) -> None:
+    """Other users of a full server may have taken the places of the connections that have ended."""
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    check = Connection(pool, now - 0.1)
+    pool.checker.running[check], pool.checker.full, pool.use, pool.service.answered_at = True, full, use, now - 1
+    pool.checker.failed(check, ServiceFailure(reason, ''), now)
+    limited = (full or use is SINGLE_USE) if reason is DROPPED else (full and use is SINGLE_USE)
+    assert pool.service.state is (UP if limited else DOWN)
+
+
+def test_a_connection_is_not_given_up_as_soon_as_a_slow_check_has_passed() -> None:
+    pool, now = pool_of('A=127.0.0.1:1:::30:1'), time.monotonic()
+    only = Connection(pool, now)
+    pool.idle, pool.passed, pool.checker.began, pool.service.checked_at = [only], True, now - 2, now
+    pool.checker.latest = 2
+    pool.service.tally.answer(0.01, b'DUNNO')
+    pool.share(now + 0.1)
+    assert only.expires > now + 0.1, 'its check took all the time after which a connection is given up'
+    pool.share(now + 2)
+    assert only.expires <= now + 2
+
+
+@pytest.mark.parametrize(('busy', 'checks'), [(5, 0), (3, 2), (0, 5)])
+def test_a_service_on_trial_gets_no_more_checks_than_it_may_have_mail(busy: int, checks: int) -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn, pool.checker.began = lambda check: None, now  # type: ignore[method-assign]
+    pool.service.turn(hapolicy_gevent.TRIAL, 'late', now)
+    pool.busy = {Connection(pool, now): None for _ in range(busy)}
+    pool.waiting = [None] * 20  # type: ignore[list-item]
+    pool.checker.grow(now)
+    assert len(pool.checker.running) == checks, 'its waiting mail wants no more connections'
+
+
+def test_a_pool_that_grows_for_held_connections_at_most_doubles_until_a_check_has_passed() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
+    near, far = gevent.socket.socketpair()
+    with near, far:
+        client = hapolicy_gevent.Client(near)
+        for number in 1, 2:
+            pool.held = {Connection(pool, now - 0.1): None for _ in range(number)}
+            pool.checker.running.clear()
+            for _ in range(9):
+                connection = pool.take(client, now)
+                assert connection is not None
+                del pool.busy[connection]
+                pool.held[connection] = None
+            assert len(pool.checker.running) == number, 'what the server has to work through though nobody waits for it'
 
 
 @pytest.mark.parametrize('full', [0, 1])
