@@ -108,7 +108,7 @@ DEFAULT_MAX = 100  #: requests in flight per service: Postfix's default_process_
 CONNECT_TIMEOUT = 5.0  #: seconds to connect, of a service's timeout: two lost SYNs (1 s + 2 s) and some room
 
 QUIET = 0.05  #: seconds of silence behind an answer that prove that no second one follows
-#: A connection that was used for so many times the silence that it needs has to be silent before its next use.
+#: A connection that was used without a silence, for so many times what it needs of it, rests before its next use.
 REST_AFTER = 20
 #: Seconds for which a message holds the connection that answered it, and the most connections opened for that reason.
 HOLD, MAX_IDLE = 1.0, 20
@@ -139,7 +139,7 @@ MAX_INSTANCE = 128  #: bytes of an instance that is remembered; Postfix's have a
 #: with its next answer: its next request may be on the way already.
 LINGER = 1.0
 RESERVED, MIN_DEADLINE = 0.005, 0.1  #: seconds of --deadline reserved for the default action; the shortest --deadline
-IN_LINE = 0.8  #: the part of --deadline for which a request waits for a connection; the rest is for the answer
+RESERVE = 0.2  #: the part of --deadline in which a request no longer waits for a connection, at most
 #: Seconds that a request waits for the service it was balanced to, before it may go to another one; the same with
 #: --sticky, where another greylist would defer it; and before it may go to a service that a slow message has stalled.
 PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
@@ -580,9 +580,10 @@ class Balancer:
         self._rounds = []
         for prio in sorted({pool.service.prio for pool in self.pools if pool.places}):
             pools = [pool for pool in self.pools if pool.places and pool.service.prio == prio]
-            most = sum(pool.service.weight for pool in pools)
-            turns = itertools.cycle(one_cycle(pools))  # as it goes: 100 services of 100 weights would take 0.3 s
-            self._rounds.append((functools.partial(itertools.islice, turns, most), pools))
+            weights = [pool.service.weight for pool in pools]
+            number = sum(weights) // math.gcd(*weights)
+            turns = itertools.cycle(one_cycle(pools))  # as they come: all those of 100 services would take 0.3 s
+            self._rounds.append((functools.partial(itertools.islice, turns, number), pools))
 
     def choose(self, instance: bytes, tried: Sequence[Pool], now: float, key: bytes = b'') -> Pool | None:
         """Return the pool that a request is to have a connection of; None if it may wait for any.
@@ -677,7 +678,7 @@ class Tally:
         self.answered, self.failed = [0] * len(BOUNDS), [0] * len(BOUNDS)  # queries with and without an answer, by step
         self.verdicts = dict.fromkeys(VERDICTS, 0)
         self.sum = 0.0  # seconds of all answers
-        self.mean = math.inf  # seconds of an answer, on average: each new one counts as much as all before it
+        self.mean = math.inf  # seconds of an answer lately: each new one counts as much as all before it
         self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
 
     def answer(self, seconds: float, action: bytes) -> None:
@@ -1047,7 +1048,7 @@ CHECKED, SINGLE_USE, UNCHECKED = 'checked', 'single use', 'unchecked'
 class Connection(Wire):
     """A connection to a server: it decides what is an answer. One request at a time."""
 
-    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'quiet_at', 'rest_at', 'since', 'spent',
+    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'quiet_at', 'silent_at', 'since', 'spent',
                  'timer', 'used')  # fmt: skip
 
     def __init__(self, pool: Pool, now: float) -> None:
@@ -1059,8 +1060,8 @@ class Connection(Wire):
         """Set the state of a connection that has carried nothing."""
         self.since = self.idle_since = now  # when its last request was sent, and when that was answered
         self.expires = now + self.pool.queue.max_age
-        self.quiet_at = now + QUIET / 2  # when it is silent for long enough: QUIET behind its first answer, doubled
-        self.rest_at = 0.0  # from when on that is required before its next use
+        self.quiet_at = now + QUIET / 2  # when it will have been silent for long enough: an answer doubles that at most
+        self.silent_at = -math.inf  # when it was last seen to be silent for long enough
         self.used = 0  # how many answers it gave, the one to its check included
         self.spent = ''  # why it must not be used again: ENDED or SURPLUS
         self.holder: Client | None = None  # the client whose message it answered last, which may ask more
@@ -1092,10 +1093,11 @@ class Connection(Wire):
         Within the service's timeout, or the seconds that are left if that is less; `user` is the greenlet that asks.
         """
         if self.used:
-            if self.since > self.rest_at:
-                self._see_silence()
-            elif self.since > self.quiet_at:
-                self._was_silent()
+            if self.since - self.silent_at > REST_AFTER * (self.quiet_at - self.idle_since):
+                self._see_silence(left)
+                left -= time.monotonic() - self.since
+            elif self.since >= self.quiet_at:
+                self.silent_at = self.since
         timer = self.timer if left >= self.timer.seconds else QueryTimeout(max(0.001, left))
         again, stop, sent = timer.again, timer.stop, False
         again(THROW_INTO, self.user, timer)
@@ -1132,18 +1134,15 @@ class Connection(Wire):
         After a surplus answer each request gets its predecessor's answer, for as long as the next request comes before
         its own answer.
         """
-        return self.rest_at < now < self.quiet_at
+        return now < self.quiet_at and now - self.silent_at > REST_AFTER * (self.quiet_at - self.idle_since)
 
-    def _see_silence(self) -> None:
-        """Wait until it has been silent for long enough since its last answer. Raises NotSent if something came."""
-        if said := self.listen(self.quiet_at - self.since):
+    def _see_silence(self, left: float) -> None:
+        """Rest: wait until it has been silent for long enough, half the seconds left at most. Raises NotSent if not."""
+        if said := self.listen(min(self.quiet_at - self.since, left / 2)):
             if said is SURPLUS:
                 self.pool.said_more('what nobody asked for', self.since)
             raise NotSent(DROPPED, 'it was not silent before its use')
-        self._was_silent()
-
-    def _was_silent(self) -> None:
-        self.rest_at = self.since + REST_AFTER * (self.quiet_at - self.idle_since)
+        self.silent_at = self.since
 
     def _after_timeout(self, timer: QueryTimeout, sent: bool) -> bytes:
         """Return the action if a whole answer has come while we did not run. Raises ServiceFailure."""
@@ -1187,8 +1186,8 @@ class Connection(Wire):
             action = self.ask(CHECK)
         self.pool.service.check_answered(self.since, time.monotonic())
         said = self.spent or self.listen(QUIET)
-        self.idle_since = time.monotonic()
-        self.quiet_at, self.rest_at = self.idle_since + QUIET, self.idle_since + REST_AFTER * QUIET
+        self.idle_since = self.silent_at = time.monotonic()
+        self.quiet_at = self.idle_since + QUIET
         return said, action
 
     def reopen(self) -> None:
@@ -1218,7 +1217,7 @@ class Connection(Wire):
     def unexpected(self) -> None:
         if self not in self.pool.idle and self not in self.pool.held:
             self.pause()  # it is busy: what comes is for receive()
-            self.rest_at = 0.0
+            self.silent_at = -math.inf
         elif said := self.look():
             self.pool.drop(self, said)
 
@@ -1293,7 +1292,7 @@ class Checker:
 
     def _too_early(self, now: float) -> bool:
         """Return whether it is too early for a check: one failed, and the service is down, or may be full."""
-        seconds = BACKOFF_FIRST if self.pool.open else 0.0
+        seconds = BACKOFF_FIRST if self.pool.open else SOON if self.full else 0.0
         if self.pool.service.state is DOWN:
             pace = SOON if self.restarts(now) else BACKOFF_FIRST
             seconds = self.backoff * JITTER if self.pool.queue.balancer.up else pace
@@ -1302,7 +1301,7 @@ class Checker:
     @property
     def _slow(self) -> float:
         """Seconds that hardly any answer takes: a server may take long for the first answer of a connection."""
-        return max(UNANSWERED, min(2 * self.fastest, CONNECT_TIMEOUT))
+        return max(UNANSWERED, min(2 * self.fastest, self.fastest + CONNECT_TIMEOUT))
 
     def due(self, now: float) -> bool:
         """Return whether a check is due that no request waits for."""
@@ -1321,7 +1320,7 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        late = running > 0 and now - self.began > self._slow
+        late = running > 0 and now - self.began > self._slow and not self.answered
         stuck = late and not self.full and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
         places = {CHECKED: pool.places - len(pool.busy), SINGLE_USE: 1, UNCHECKED: 0}[pool.use]
@@ -1414,11 +1413,11 @@ class Checker:
         """Return whether the service serves other connections, though a check failed."""
         heard = self.pool.service.heard_at - check.since
         if reason is LATE:  # no connection in time, while mail is under way: its backlog may be full
-            return heard > 0 or (check.poll is None and len(self.pool.busy) > 0)
-        # its connections may be closed by now, and another user of a full server may have taken their places
+            return heard > 0 or (check.poll is None and any(mail.poll is not None for mail in self.pool.busy))
+        # its connections may be closed by now, and others may have taken their places for a moment
+        moment = GIVE_UP if self.full or reason is DROPPED else 0.0
         limited = self.pool.use is SINGLE_USE or (self.full > 0 and reason is DROPPED)
-        lately = limited and heard > (-GIVE_UP if self.full or reason is DROPPED else 0)
-        return lately or self.pool.look() > 0 or self.answered > 0
+        return (limited and heard > -moment) or self.pool.look() > 0 or self.answered > 0
 
     @property
     def answered(self) -> int:
@@ -1538,7 +1537,7 @@ class Pool:
             if own is not None and own.holder is client and own in self.held:
                 connection = own
                 del self.held[own]
-            elif self.idle and now < self.idle[-1].rest_at:  # nearly always: it needs no rest
+            elif self.idle and now - self.idle[-1].silent_at <= REST_AFTER * QUIET:  # nearly always: it needs no rest
                 connection = self.idle.pop()
             elif self.idle or (self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now))):
                 unused = itertools.chain(reversed(self.idle), self.held)
@@ -1944,7 +1943,7 @@ class Proxy:
         client.instance = instance
         if self._balancer.sticky is not None:
             client.key = self._balancer.sticky.key(request)
-        deadline, patience = now + self._deadline, now + IN_LINE * self._deadline
+        deadline = now + self._deadline
         tried: list[Pool] = []
         failure: ServiceFailure | None = None
         while now < deadline:
@@ -1952,7 +1951,9 @@ class Proxy:
             if client.key and last is not None and last.pool is not pool:
                 last.pool.let_go(last, client, now)
             connection = pool.take(client, now) if pool is not None else None
-            if connection is None and (connection := self.queue.wait(client, pool, tried, patience, now)) is None:
+            if connection is None:
+                connection = self.queue.wait(client, pool, tried, deadline - self._reserve, now)
+            if connection is None:
                 break
             tried.append(connection.pool)
             if instance and not client.key:
@@ -1967,10 +1968,14 @@ class Proxy:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
             return action, connection.pool.service, len(tried), f'answered after {failure.reason}'
-        reason = NO_SERVICE if failure is None else ALL_FAILED
-        if time.monotonic() >= patience:
-            reason = OUT_OF_TIME
+        late = time.monotonic() >= deadline - (self._reserve if failure is None else 0)
+        reason = OUT_OF_TIME if late else NO_SERVICE if failure is None else ALL_FAILED
         return self._give_default(client, reason, failure, tried)
+
+    @property
+    def _reserve(self) -> float:
+        """Seconds before its deadline in which a request waits for no connection any more: the answer takes time."""
+        return min(RESERVE * self._deadline, 2 * min(pool.service.tally.mean for pool in self.pools.values()))
 
     def _query(self, connection: Connection, request: bytes, client: Client, deadline: float,
                tried: Sequence[Pool]) -> bytes:  # fmt: skip
@@ -2012,9 +2017,9 @@ class Proxy:
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Sequence[Pool]) -> Connection:
         """Return a connection that carries a request to the same service, in place of one that ended.
 
-        A new connection without a check, in the same place. But if an idle one has given fewer answers, that one; if
-        the service is full, one that comes free. The server may end each after so many answers: a used one has to be
-        silent before it is asked. Raises ServiceFailure.
+        A new connection without a check, in the same place. But the idle one that has given the fewest answers, if
+        these are fewer: the server may end each after so many. And one that comes free where the service is full. Both
+        have to be silent before they are asked. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
         pool.idle.sort(key=lambda each: each.used, reverse=True)  # take() takes the last one, unless that needs a rest
@@ -2032,7 +2037,7 @@ class Proxy:
             deadline = min(deadline, now + STALLED_PATIENCE)  # the next service may answer
         if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
             raise Ended(DROPPED, 'it ended without an answer, and no other connection came free')
-        found.rest_at = 0.0
+        found.silent_at = -math.inf  # it has to be silent first
         return found
 
     def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,

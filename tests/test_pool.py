@@ -81,12 +81,12 @@ def test_a_retry_has_a_less_used_connection_which_has_to_be_silent_or_a_new_one(
     (near, far), now = socket.socketpair(), time.monotonic()
     (pool,) = proxy.pools.values()
     ended, much, little = (Connection(pool, now) for _ in range(3))
-    ended.used, much.used, little.used, little.rest_at = 7, 7, used, now + 1
+    ended.used, much.used, little.used, little.silent_at = 7, 7, used, now
     pool.busy[ended] = None
     pool.idle = [little, much]
     with far, contextlib.closing(Client(near)) as client:
         found = proxy._retry(ended, client, now + 20, [pool])
-    assert found is (little if used < 7 else ended) and found.rest_at < now
+    assert found is (little if used < 7 else ended) and found.silent_at < now - 99
 
 
 def test_a_retry_is_not_sent_on_a_connection_that_ends_too() -> None:
@@ -644,18 +644,22 @@ def test_the_last_connection_to_a_full_server_is_given_up_only_after_a_check_has
         assert (last.expires <= now) is (use == hapolicy_gevent.CHECKED)
 
 
-@pytest.mark.parametrize(('connected', 'busy', 'state'), [(False, True, UP), (False, False, DOWN), (True, True, DOWN)])
+@pytest.mark.parametrize(('check', 'mail', 'state'), [
+    ('connects', 'asks', UP), ('connects', 'connects', DOWN), ('connects', '', DOWN), ('asks', 'asks', DOWN),
+])  # fmt: skip
 def test_a_check_without_a_connection_in_time_while_mail_is_under_way_shows_a_full_backlog(
-    connected: bool, busy: bool, state: str,
+    check: str, mail: str, state: str,
 ) -> None:  # fmt: skip
     """As where the server is frozen for a moment; a host that is gone, or a server that hangs, is down."""
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
-    check, mail = Connection(pool, now - 5), Connection(pool, now - 5)
-    check.poll = mail.poll = select.poll().poll if connected else None
-    pool.checker.running[check] = True
-    pool.busy = {mail: None} if busy else {}
-    with contextlib.suppress(AttributeError):  # these connections have no socket
-        pool.checker.failed(check, ServiceFailure(LATE, 'no connection in time'), now)
+    checks, mails = Connection(pool, now - 5), Connection(pool, now - 5)
+    for connection, does in (checks, check), (mails, mail):
+        connection.poll = select.poll().poll if does == 'asks' else None
+    pool.checker.running[checks] = True
+    pool.busy = {mails: None} if mail else {}
+    pool.look = lambda: 1  # type: ignore[method-assign]  # these connections have no socket
+    pool.reset = lambda: None  # type: ignore[method-assign]
+    pool.checker.failed(checks, ServiceFailure(LATE, 'no connection in time'), now)
     assert pool.service.state is state and (pool.checker.full > 0) is (state is UP)
 
 
@@ -672,6 +676,71 @@ def test_a_check_that_is_hung_up_on_where_mail_was_answered_a_moment_ago_meets_a
     pool.checker.failed(check, ServiceFailure(reason, ''), now)
     limited = (full or use is SINGLE_USE) if reason is DROPPED else (full and use is SINGLE_USE)
     assert pool.service.state is (UP if limited else DOWN)
+
+
+def test_a_full_service_that_hangs_up_on_its_checks_is_not_checked_without_a_pause() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
+    check = Connection(pool, now)
+    pool.checker.running[check], pool.checker.full, pool.service.answered_at = True, 1, now - 1
+    pool.waiting = [None]  # type: ignore[list-item]
+    pool.queue.hand_over = lambda pool, now: pool.checker.grow(now)  # type: ignore[method-assign]
+    pool.checker.failed(check, ServiceFailure(DROPPED, ''), now + 0.001)
+    assert pool.service.state is UP and not pool.checker.running
+    pool.checker.grow(now + 0.2)
+    assert len(pool.checker.running) == 1
+
+
+def test_a_connection_rests_soon_after_its_slow_answers_have_become_fast() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    connection = Connection(pool, now)
+
+    def answered(seconds: float, most: float) -> float:
+        connection.since, pool.busy = now, {connection: None}
+        pool.answered(connection, b'DUNNO', reuse=True, now=now + seconds)
+        return now + seconds
+
+    for _ in range(9):
+        now = answered(3, 9)
+    connection.silent_at = now  # 20 times 3 s would go by
+    now = answered(0.01, 1)
+    assert not connection.needs_rest(now)
+    while now < connection.silent_at + 1.5:
+        now = answered(0.01, 1)
+    assert connection.needs_rest(now), 'after a surplus answer each request has its predecessor\'s until then'
+
+
+def test_checks_that_are_answered_late_but_together_are_not_begun_anew() -> None:
+    pool, now = pool_of('A=127.0.0.1:1:::30:5'), time.monotonic()
+    pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
+    pool.waiting = [None] * 5  # type: ignore[list-item]
+    pool.checker.grow(now)
+    checks = [*pool.checker.running]
+    for check in checks:
+        check.used = 1
+    pool.checker.grow(now + 1.02)
+    assert len(checks) == 5 and [*pool.checker.running] == checks, 'they pass in a moment'
+
+
+def test_a_rest_leaves_time_for_the_answer() -> None:
+    rests = []
+
+    class Resting(Connection):
+        __slots__ = ()
+
+        def listen(self, seconds: float) -> str:
+            rests.append(seconds)
+            return ''
+
+    with stubs(echo) as (a,):
+        connection = Resting(pool_of(a.service), time.monotonic())
+        connection.user = gevent.getcurrent()
+        connection.ask(request())
+        connection.since = connection.idle_since = time.monotonic()
+        connection.quiet_at = connection.since + 60  # its last answer took a minute
+        connection.ask(request(), 1)
+        connection.close()
+    assert rests == [0.5]
 
 
 def test_a_connection_is_not_given_up_as_soon_as_a_slow_check_has_passed() -> None:
@@ -770,7 +839,7 @@ def test_a_connection_that_needs_its_rest_is_left_to_it_while_another_does_not(h
     near, far = gevent.socket.socketpair()
     with near, far:
         resting, other = Connection(pool, now), Connection(pool, now)
-        other.rest_at = now + 0.5
+        other.silent_at = now - 0.3
         pool.idle = [resting] if held else [other, resting]
         pool.held = {other: None} if held else {}
         client = hapolicy_gevent.Client(near)
