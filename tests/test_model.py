@@ -294,7 +294,8 @@ class Model(RuleBasedStateMachine):
         if not client.ended:
             assert len(client.answers) == 1, 'one answer to a request'
             assert self.clock.now <= request.began + DEADLINE + TICK
-            if client.answers == [b'default'] and not request.asked and self.clock.now < request.began + DEADLINE - 1:
+            waited = self.clock.now - request.began
+            if client.answers == [b'default'] and not request.asked and waited < 0.8 * DEADLINE - 1:
                 for pool in self.pools:
                     assert pool.service.state is not UP, 'a default while a service is up that was not asked'
                     assert len(pool.busy) >= pool.places or pool.checker.running or not pool.places

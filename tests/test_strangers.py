@@ -181,5 +181,5 @@ def test_i9_mail_that_is_answered_twice_costs_the_mail_at_a_server_with_a_limit_
         assert set(ask_all(proxy, 20, 5)) == {'A'}
         with proxy.client() as stranger:
             stranger.ask(request(sender='evil', instance=new_instance()))
+            proxy.logged('each of its connections is used once')
         assert set(ask_all(proxy, 20, 5)) == {'A'}
-        proxy.logged('each of its connections is used once')
