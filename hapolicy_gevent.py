@@ -139,7 +139,7 @@ MAX_INSTANCE = 128  #: bytes of an instance that is remembered; Postfix's have a
 #: with its next answer: its next request may be on the way already.
 LINGER = 1.0
 RESERVED, MIN_DEADLINE = 0.005, 0.1  #: seconds of --deadline reserved for the default action; the shortest --deadline
-RESERVE = 0.2  #: the part of --deadline in which a request no longer waits for a connection, at most
+ANSWER_PART = 0.2  #: the part of --deadline in which a request no longer waits for a connection, at most
 #: Seconds that a request waits for the service it was balanced to, before it may go to another one; the same with
 #: --sticky, where another greylist would defer it; and before it may go to a service that a slow message has stalled.
 PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
@@ -515,6 +515,7 @@ def network(ipv4: int, ipv6: int, address: bytes) -> bytes:
         return address
 
 
+# the part of each score that does not change: Sticky.order() would work it out anew for each key
 @functools.cache
 def name_hash(name: str) -> int:
     return (zlib.crc32(name.encode()) + 1) ** 3
@@ -1952,7 +1953,7 @@ class Proxy:
                 last.pool.let_go(last, client, now)
             connection = pool.take(client, now) if pool is not None else None
             if connection is None:
-                connection = self.queue.wait(client, pool, tried, deadline - self._reserve, now)
+                connection = self.queue.wait(client, pool, tried, deadline - self._answer_time, now)
             if connection is None:
                 break
             tried.append(connection.pool)
@@ -1968,14 +1969,14 @@ class Proxy:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
             return action, connection.pool.service, len(tried), f'answered after {failure.reason}'
-        late = time.monotonic() >= deadline - (self._reserve if failure is None else 0)
+        late = time.monotonic() >= deadline - (self._answer_time if failure is None else 0)
         reason = OUT_OF_TIME if late else NO_SERVICE if failure is None else ALL_FAILED
         return self._give_default(client, reason, failure, tried)
 
     @property
-    def _reserve(self) -> float:
+    def _answer_time(self) -> float:
         """Seconds before its deadline in which a request waits for no connection any more: the answer takes time."""
-        return min(RESERVE * self._deadline, 2 * min(pool.service.tally.mean for pool in self.pools.values()))
+        return min(ANSWER_PART * self._deadline, 2 * min(pool.service.tally.mean for pool in self.pools.values()))
 
     def _query(self, connection: Connection, request: bytes, client: Client, deadline: float,
                tried: Sequence[Pool]) -> bytes:  # fmt: skip

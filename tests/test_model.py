@@ -294,8 +294,9 @@ class Model(RuleBasedStateMachine):
         if not client.ended:
             assert len(client.answers) == 1, 'one answer to a request'
             assert self.clock.now <= request.began + DEADLINE + TICK
-            waited = self.clock.now - request.began
-            if client.answers == [b'default'] and not request.asked and waited < 0.8 * DEADLINE - 1:
+            in_line = (1 - hapolicy_gevent.ANSWER_PART) * DEADLINE - 1  # seconds that it may wait for a connection
+            early = self.clock.now < request.began + in_line
+            if client.answers == [b'default'] and not request.asked and early:
                 for pool in self.pools:
                     assert pool.service.state is not UP, 'a default while a service is up that was not asked'
                     assert len(pool.busy) >= pool.places or pool.checker.running or not pool.places

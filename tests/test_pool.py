@@ -695,18 +695,18 @@ def test_a_connection_rests_soon_after_its_slow_answers_have_become_fast() -> No
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     connection = Connection(pool, now)
 
-    def answered(seconds: float, most: float) -> float:
+    def answered(seconds: float) -> float:
         connection.since, pool.busy = now, {connection: None}
         pool.answered(connection, b'DUNNO', reuse=True, now=now + seconds)
         return now + seconds
 
     for _ in range(9):
-        now = answered(3, 9)
+        now = answered(3)
     connection.silent_at = now  # 20 times 3 s would go by
-    now = answered(0.01, 1)
+    now = answered(0.01)
     assert not connection.needs_rest(now)
     while now < connection.silent_at + 1.5:
-        now = answered(0.01, 1)
+        now = answered(0.01)
     assert connection.needs_rest(now), 'after a surplus answer each request has its predecessor\'s until then'
 
 
