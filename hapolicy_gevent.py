@@ -1271,11 +1271,11 @@ class Checker:
         self.full = 0  # how many connections the service served when it was found full; 0: it is not full
         self.heard_more = False  # more than an answer came to the last check: the server may speak before it is asked
         self.reason = ''  # why the last check failed
-        self.backoff = BACKOFF_FIRST  # seconds between checks of a service that is down
         #: Seconds of the last check that passed, and of the fastest since the service was down (0: none passed since).
         self.latest, self.fastest = math.inf, 0.0
         #: When the last check began, or a connection was given up after that; when the last failed check began.
         self.began = self._failed_at = -math.inf
+        self._closed_until = -math.inf  # until when the server may have to answer checks that we closed
 
     def spawn(self, check: Connection) -> Any:
         """Run a check in a greenlet of its own, and return that."""
@@ -1293,10 +1293,13 @@ class Checker:
 
     def _too_early(self, now: float) -> bool:
         """Return whether it is too early for a check: one failed, and the service is down, or may be full."""
-        seconds = BACKOFF_FIRST if self.pool.open else SOON if self.full else 0.0
-        if self.pool.service.state is DOWN:
-            pace = SOON if self.restarts(now) else BACKOFF_FIRST
-            seconds = self.backoff * JITTER if self.pool.queue.balancer.up else pace
+        service, seconds = self.pool.service, BACKOFF_FIRST if self.pool.open else SOON if self.full else 0.0
+        if service.state is DOWN:
+            seconds = SOON if self.restarts(now) else BACKOFF_FIRST
+            if any(each.state is UP and each.heard_at >= each.failed_at for each in self.pool.queue.pools):
+                # so each failed check doubles it; a stopped server answers when it goes on: a check is to wait there
+                outage = self._failed_at - max(service.since, service.checked_at) if self.reason is not LATE else 0.0
+                seconds = min(BACKOFF_MAX, BACKOFF_FIRST + outage) * JITTER
         return now < self._failed_at + seconds
 
     @property
@@ -1354,13 +1357,15 @@ class Checker:
         """Stop the running checks except these: what comes of them says nothing of the service any more."""
         for check in [check for check in self.running if check not in but]:
             self.running.pop(check).kill(block=False)
+            if check.poll is not None and not check.used and check.since < self.pool.service.heard_at:  # in the backlog
+                self._closed_until = max(self._closed_until, time.monotonic()) + self.fastest
 
     def passed(self, check: Connection, said: str, now: float) -> None:
         """Take in a connection whose check was answered; what it said behind the answer decides how it is used."""
         if self.running.pop(check, None) is None:
             return
         pool = self.pool
-        self._failed_at, self.backoff, self.reason, self.heard_more = -math.inf, BACKOFF_FIRST, '', said is SURPLUS
+        self._failed_at, self.reason, self.heard_more = -math.inf, '', said is SURPLUS
         self.latest = now - check.since
         self.fastest = min(self.fastest or self.latest, self.latest)
         if said is SURPLUS:
@@ -1393,8 +1398,6 @@ class Checker:
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
             self.reason = reason
-            if pool.queue.balancer.up:  # a stopped server answers at once when it goes on: a check is to wait there
-                self.backoff = BACKOFF_FIRST if reason is LATE else min(BACKOFF_MAX, 2 * self.backoff)
             pool.queue.balancer.update()
             for waiter in pool.waiting:  # each waited for this check, and chooses again
                 waiter.woken.set()
@@ -1414,7 +1417,8 @@ class Checker:
         """Return whether the service serves other connections, though a check failed."""
         heard = self.pool.service.heard_at - check.since
         if reason is LATE:  # no connection in time, while mail is under way: its backlog may be full
-            return heard > 0 or (check.poll is None and any(mail.poll is not None for mail in self.pool.busy))
+            no_room = check.poll is None and any(mail.poll is not None for mail in self.pool.busy)
+            return heard > 0 or no_room or check.since < self._closed_until
         # its connections may be closed by now, and others may have taken their places for a moment
         moment = GIVE_UP if self.full or reason is DROPPED else 0.0
         limited = self.pool.use is SINGLE_USE or (self.full > 0 and reason is DROPPED)
@@ -1771,13 +1775,9 @@ class Queue:
             waiter.woken.set()
 
     def hurry(self, now: float) -> None:
-        """Check the services that are down: the last one that is up failed, and one of them may be back.
-
-        Once a second at most, as the backoff begins anew: a stranger can send mail that fails again and again.
-        """
+        """Check the services that are down: the last one that is up failed, and one of them may be back."""
         for pool in self.pools.values():
             if pool.service.state is DOWN:
-                pool.checker.backoff = BACKOFF_FIRST
                 pool.checker.grow(now)
 
     def changed(self, service: Service, text: str, now: float) -> None:
@@ -1796,11 +1796,9 @@ class Queue:
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
                 self.hurry(now)
-        elif service.state is UP:
-            pool.checker.backoff = BACKOFF_FIRST  # when it goes down next
-            if pool.checker.reason:
-                pool.use = UNCHECKED
-                pool.report(f'fails its checks ({pool.checker.reason}), but answers mail: it is used without checks')
+        elif service.state is UP and pool.checker.reason:
+            pool.use = UNCHECKED
+            pool.report(f'fails its checks ({pool.checker.reason}), but answers mail: it is used without checks')
         for waiter in concerned:
             waiter.woken.set()
 

@@ -13,7 +13,7 @@ import gevent.socket
 import pytest
 
 from hapolicy_gevent import RESET, Client, ClientFault, Connection, Log, Queue, parse_service
-from tests.servers import End, FewAtATime, Prefork, closes_after
+from tests.servers import End, FewAtATime, Prefork, closes_after, for_sender
 from tests.support import (
     SCALE,
     HangUp,
@@ -23,6 +23,7 @@ from tests.support import (
     SmtpdLoad,
     ask_all,
     echo,
+    hang_up,
     in_threads,
     is_check,
     new_instance,
@@ -31,6 +32,7 @@ from tests.support import (
     seconds_of,
     slow,
     stubs,
+    wait_until,
 )
 
 
@@ -80,6 +82,20 @@ def test_a_slow_server_of_one_child_is_neither_down_nor_slower_for_its_turns() -
     with Prefork(1, slow(0.3)) as a, ProxyProcess('-s', a.service + ':::3') as proxy:
         assert set(ask_all(proxy, 12, 3)) == {'A'}
         assert a.checks < 5 and 'is down' not in proxy.log, 'the checks of a cold start wait in its backlog'
+
+
+def test_the_checks_of_a_burst_that_were_closed_take_no_full_server_down() -> None:
+    def slow_at_first(peer: Peer, message: bytes) -> None:
+        time.sleep(0.3 if is_check(message) else 0)
+        echo(peer, message)
+
+    with Prefork(1, for_sender('poison', hang_up, slow_at_first)) as a:
+        with ProxyProcess('-s', a.service + ':::2') as proxy:
+            with SmtpdLoad(proxy.port, 24, 0.05, second_try=False), proxy.client() as client:
+                time.sleep(2)
+                client.ask(request(sender='poison'))
+                wait_until(lambda: a.checks > 15, what='its child works through them')
+            assert 'is down' not in proxy.log
 
 
 def test_a_server_of_one_connection_that_nobody_else_uses_loses_no_verdict_by_giving_it_up() -> None:

@@ -544,22 +544,36 @@ def test_a_single_use_service_that_is_gone_is_down_though_mail_still_connects(re
     assert pool.service.state == 'down' and not pool.checker.full
 
 
-def test_mail_that_fails_has_a_service_checked_at_once_and_makes_no_backoff_longer() -> None:
+def test_each_failed_check_doubles_the_backoff_and_failed_mail_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hapolicy_gevent, 'JITTER', 1)
     queue = Queue([parse_service('A=127.0.0.1:1'), parse_service('B=127.0.0.1:1')], Log())
     a, b = queue.balancer.pools
     a.checker.spawn = b.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
-    now = time.monotonic()
-    a.service.turn(hapolicy_gevent.DOWN, 'it died', now)
-    for seconds, backoff in (5, 2), (5, 4), (5, 8), (1.3, 2), (1.3, 2):
-        now += seconds
-        (queue.hurry(now) if seconds == 1.3 else a.checker.grow(now))
-        (check,) = a.checker.running
-        check.since = now
-        a.checker.failed(check, ServiceFailure(hapolicy_gevent.REFUSED, 'refused'), now)
-        assert a.checker.backoff == backoff
-        queue.hurry(now + 0.7)
-        assert not a.checker.running, 'one a second, whatever a stranger sends'
-        a.checker.backoff = backoff
+    start = time.monotonic()
+    a.service.turn(DOWN, 'it died', start)
+    last, now, pauses = start, start, []
+
+    def next_check(now: float) -> float:
+        for tick in range(1000):
+            queue.hurry(now + tick / 10)
+            for check in a.checker.running:
+                check.since = now + tick / 10
+                a.checker.failed(check, ServiceFailure(REFUSED, 'refused'), check.since)
+                return check.since
+        raise AssertionError('no check')
+
+    for _ in range(7):
+        now, last = next_check(last + 0.1), now
+        pauses.append(now - last)
+        last = now
+    assert [round(pause) for pause in pauses] == [1, 2, 4, 8, 16, 30, 30]
+    b.service.failed_at = now  # B is the last one that is up, and a mail failed there
+    assert next_check(now + 0.1) == pytest.approx(now + 1), 'one a second, whatever a stranger sends'
+    b.service.answered_at = now + 2
+    assert next_check(now + 2) > now + 10
+    a.service.check_answered(now + 60, now + 60)  # on trial, until mail fails there again
+    a.checker.reset(now + 60)
+    assert next_check(now + 60.1) < now + 60 + 2
 
 
 def test_a_stopped_server_beside_another_has_a_check_that_waits_for_it_to_go_on() -> None:
@@ -642,6 +656,24 @@ def test_the_last_connection_to_a_full_server_is_given_up_only_after_a_check_has
         pool.passed, pool.use, pool.checker.began = True, use, now - 60
         pool.share(now)
         assert (last.expires <= now) is (use == hapolicy_gevent.CHECKED)
+
+
+@pytest.mark.parametrize(('closed', 'state'), [(40, UP), (10, DOWN)])
+def test_a_check_that_waits_behind_those_that_were_closed_does_not_take_a_full_server_down(
+    closed: int, state: str,
+) -> None:  # fmt: skip
+    """A child of the server works through them, as they are whole requests: 0.1 s each, here."""
+    pool, now = pool_of('A=127.0.0.1:1:::2'), time.monotonic()
+    pool.service.answered_at, pool.checker.fastest = now, 0.1
+    for _ in range(closed):
+        check = Connection(pool, now - 1)
+        check.poll = select.poll().poll
+        pool.checker.running[check] = gevent.Greenlet(lambda: None)
+    pool.checker.stop()
+    late = Connection(pool, now + 2)
+    pool.checker.running[late] = gevent.Greenlet(lambda: None)
+    pool.checker.failed(late, ServiceFailure(LATE, 'no answer within 2s'), now + 4)
+    assert pool.service.state is state, 'a server that hangs is down once it could have answered them'
 
 
 @pytest.mark.parametrize(('check', 'mail', 'state'), [
