@@ -110,8 +110,7 @@ CONNECT_TIMEOUT = 5.0  #: seconds to connect, of a service's timeout: two lost S
 QUIET = 0.05  #: seconds of silence behind an answer that prove that no second one follows
 #: A connection that was used without a silence, for so many times what it needs of it, rests before its next use.
 REST_AFTER = 20
-#: Seconds for which a message holds the connection that answered it, and the most connections opened for that reason.
-HOLD, MAX_IDLE = 1.0, 20
+HOLD = 1.0  #: seconds for which a message holds the connection that answered it
 SPARE_IDLE = 2.0  #: seconds an idle connection is kept while another one is open: a server may have few workers
 ONCE = 60.0  #: seconds for which each connection carries one request, after a server sent more than an answer
 #: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl. Under spawn(8) GIVE_UP.
@@ -1531,20 +1530,24 @@ class Pool:
         service = self.service
         return now - service.answered_at > service.stall and now - asked_first(self.busy) > service.stall
 
+    def _grows_first(self, now: float) -> bool:
+        """Return whether a new connection may soon be there, and the messages that hold the others may still ask more."""
+        return now - next(iter(self.held)).idle_since < HOLD and self.checker.growing(now)
+
     def take(self, client: Client, now: float) -> Connection | None:
         """Return a silent connection, busy from now on; None if there is none.
 
         That which answered the client's message last; else the most recently used one that no message holds; else the
-        longest idle one that a message holds: if that may ask more, the pool grows. Those that need a rest come last.
+        longest idle one that a message holds, unless a new one may soon be there. Those that need a rest come last.
         """
         while len(self.busy) < self.places:
-            own, taken = client.connection, False
+            own = client.connection
             if own is not None and own.holder is client and own in self.held:
                 connection = own
                 del self.held[own]
             elif self.idle and now - self.idle[-1].silent_at <= REST_AFTER * QUIET:  # nearly always: it needs no rest
                 connection = self.idle.pop()
-            elif self.idle or (self.held and not (self.waiting and self.open < MAX_IDLE and self.checker.growing(now))):
+            elif self.idle or (self.held and not self._grows_first(now)):
                 unused = itertools.chain(reversed(self.idle), self.held)
                 longest_idle = next(iter(self.idle or self.held))
                 connection = next((each for each in unused if not each.needs_rest(now)), longest_idle)
@@ -1553,9 +1556,6 @@ class Pool:
                     continue
                 if self.held.pop(connection, self) is self:
                     self.idle.remove(connection)
-                else:
-                    checks = len(self.checker.running)
-                    taken = now - connection.idle_since < HOLD and checks <= self.open < MAX_IDLE - checks
             elif self.opens:
                 connection = Connection(self, now)
             else:
@@ -1566,8 +1566,6 @@ class Pool:
                 continue
             connection.since = now
             self.busy[connection] = None
-            if taken:
-                self.checker.grow(now, more=True)
             return connection
         return None
 

@@ -50,8 +50,10 @@ from tests.support import (
     hang,
     hang_up,
     in_threads,
+    is_check,
     new_instance,
     request,
+    seconds_of,
     slow,
     stubs,
     wait_until,
@@ -798,21 +800,15 @@ def test_a_service_on_trial_gets_no_more_checks_than_it_may_have_mail(busy: int,
     assert len(pool.checker.running) == checks, 'its waiting mail wants no more connections'
 
 
-def test_a_pool_that_grows_for_held_connections_at_most_doubles_until_a_check_has_passed() -> None:
-    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
-    pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
-    near, far = gevent.socket.socketpair()
-    with near, far:
-        client = hapolicy_gevent.Client(near)
-        for number in 1, 2:
-            pool.held = {Connection(pool, now - 0.1): None for _ in range(number)}
-            pool.checker.running.clear()
-            for _ in range(9):
-                connection = pool.take(client, now)
-                assert connection is not None
-                del pool.busy[connection]
-                pool.held[connection] = None
-            assert len(pool.checker.running) == number, 'what the server has to work through though nobody waits for it'
+def test_a_new_message_waits_for_a_connection_that_no_message_holds_unless_that_takes_long() -> None:
+    def slow_checks(peer: Peer, message: bytes) -> None:
+        time.sleep(2 if is_check(message) else 0)
+        echo(peer, message)
+
+    with stubs(slow_checks) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as one, proxy.client() as two:
+        assert one.ask_own() == 'A'
+        assert seconds_of(lambda: two.ask_own() == 'A' or pytest.fail('a default')) < 1.5, 'it took the held one'
+        wait_until(lambda: a.open == 2, what='the pool grew')
 
 
 @pytest.mark.parametrize('full', [0, 1])
