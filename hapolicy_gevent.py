@@ -110,6 +110,7 @@ CONNECT_TIMEOUT = 5.0  #: seconds to connect, of a service's timeout: two lost S
 QUIET = 0.05  #: seconds of silence behind an answer that prove that no second one follows
 #: A connection that was used without a silence, for so many times what it needs of it, rests before its next use.
 REST_AFTER = 20
+CROWD = 10  #: mails sent since a service answered last, after which a check is to say whether it hangs
 HOLD = 1.0  #: seconds for which a message holds the connection that answered it
 SPARE_IDLE = 2.0  #: seconds an idle connection is kept while another one is open: a server may have few workers
 ONCE = 60.0  #: seconds for which each connection carries one request, after a server sent more than an answer
@@ -598,8 +599,8 @@ class Balancer:
         for turns, pools in self._rounds:
             first_up: Pool | None = None
             for pool in Sticky.order(key, pools) if key else turns():
-                if pool in tried or (now - pool.service.answered_at > pool.service.stall and pool.stalled(now)):
-                    continue  # the comparison of times saves the call, nearly always
+                if pool in tried or (now - pool.service.answered_at > QUIET and pool.stalled(now)):
+                    continue  # the comparison of times saves the call, nearly always under load
                 if pool.idle or pool.ready(now, STICKY_PATIENCE if key else PATIENCE):
                     return pool
                 first_up = first_up or (pool if pool.service.state is UP else None)
@@ -1312,7 +1313,8 @@ class Checker:
         return (service.failed_at > self.began  # a mail failed, and a check decides what that means
                 or (ago > BACKOFF_FIRST and pool.use is CHECKED and not pool.open)
                 or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
-                or (ago > service.stall and pool.stalled(now)))  # fmt: skip
+                or (ago > service.stall and pool.stalled(now))
+                or (not self.running and pool.crowded(now)))  # fmt: skip
 
     def grow(self, now: float, more: bool = False) -> None:
         """Start checks: one for each request that waits; one more if `more`, or if a check is due; one if down.
@@ -1525,13 +1527,27 @@ class Pool:
         has = bool(self.idle or self.held) or self.opens
         return has or (self.use is CHECKED and self.checker.growing(now, patience))
 
+    def silence(self, now: float) -> float:
+        """Return for how many seconds mail is in flight and none was answered; below 0 if there is none."""
+        return now - max(self.service.answered_at, asked_first(self.busy))
+
+    def crowded(self, now: float) -> bool:
+        """Return whether much mail was sent since the service answered last, and an answer should have come by now."""
+        heard_at = self.service.heard_at
+        if len(self.busy) < CROWD or now - heard_at < max(QUIET, 5 * self.service.tally.mean):
+            return False
+        return next(itertools.islice(reversed(self.busy), CROWD - 1, None)).since > heard_at
+
     def stalled(self, now: float) -> bool:
-        """Return whether mail is in flight and none was answered for `stall` seconds."""
-        service = self.service
-        return now - service.answered_at > service.stall and now - asked_first(self.busy) > service.stall
+        """Return whether mail is in flight and none was answered for `stall` seconds.
+
+        Sooner, if much was sent meanwhile, and a check had no answer within a moment, too, or there is no room for one.
+        """
+        unchecked = self.room > 0 and now - asked_first(self.checker.running) < QUIET
+        return self.silence(now) > self.service.stall or (not unchecked and self.crowded(now))
 
     def _grows_first(self, now: float) -> bool:
-        """Return whether a new connection may soon be there, and the messages that hold the others may still ask more."""
+        """Return whether a new connection may soon be there, and the others are held by messages that may ask more."""
         return now - next(iter(self.held)).idle_since < HOLD and self.checker.growing(now)
 
     def take(self, client: Client, now: float) -> Connection | None:
@@ -1566,6 +1582,8 @@ class Pool:
                 continue
             connection.since = now
             self.busy[connection] = None
+            if now - self.service.answered_at > QUIET and self.checker.due(now):
+                self.checker.grow(now)
             return connection
         return None
 
@@ -2127,7 +2145,7 @@ class Proxy:
             pool.prune(now)
             if pool.waiting:
                 self.queue.hand_over(pool, now)
-            if pool.stalled(now):
+            if pool.silence(now) > service.stall:
                 if service not in self.stalled:
                     self.stalled[service] = now - self.silence(pool, now)
                     pool.report(f'is stalled: {len(pool.busy)} requests in flight, no answer for {service.stall:g}s')
@@ -2162,8 +2180,7 @@ class Proxy:
 
     def silence(self, pool: Pool, now: float) -> float:
         """Return for how many seconds a service with mail in flight, or a stalled one, has not answered; else 0."""
-        asked = min(now, asked_first(pool.busy))
-        return now - self.stalled.get(pool.service, max(asked, pool.service.answered_at))
+        return now - self.stalled[pool.service] if pool.service in self.stalled else max(0.0, pool.silence(now))
 
 
 # --- Status endpoint. What only it needs is imported when it starts: under spawn(8) nobody pays for it. --------------

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.servers import checked
+from tests.servers import checked, for_sender
 from tests.support import (
     SCALE,
     Peer,
@@ -97,8 +97,9 @@ def test_a_stopped_server_costs_mail_nothing_once_its_check_has_failed(names: st
             assert time.monotonic() - back < 2 * SCALE
 
 
-def test_a_server_that_hangs_under_load_holds_few_requests_and_none_for_longer_than_its_timeout() -> None:
-    with processes('AB') as (a, b), ProxyProcess('-s', a.service + ':::2', '-s', b.service + ':::2') as proxy:
+@pytest.mark.parametrize('prio', ['', '20'])
+def test_a_server_that_hangs_under_load_holds_few_requests_and_none_for_longer_than_its_timeout(prio: str) -> None:
+    with processes('AB') as (a, b), ProxyProcess('-s', a.service + ':::2', '-s', b.service + f':{prio}::2') as proxy:
         with SmtpdLoad(proxy.port, 120, 0.3, second_try=False) as load:
             a.hang()
             stopped = time.monotonic()
@@ -109,6 +110,21 @@ def test_a_server_that_hangs_under_load_holds_few_requests_and_none_for_longer_t
         assert load.held(stopped)[-1] < 2 + 10 * SCALE
         held = sum(seconds > 1.9 for seconds in load.held(stopped))
         assert held < 40, f'{held} of 120 clients, which sent 800 requests meanwhile'
+
+
+def test_slow_messages_in_flight_send_no_other_mail_to_another_service() -> None:
+    with processes('B') as (b,), stubs(for_sender('tarpit', slow(4), slow(0.001))) as (a,):
+        with ProxyProcess('-s', a.service, '-s', b.service + ':20') as proxy, proxy.client() as client:
+            assert client.ask_own() == 'A'
+            tarpits = [proxy.client() for _ in range(15)]
+            for tarpit in tarpits:
+                tarpit.send(request(sender='tarpit', instance=new_instance()))
+            wait_until(lambda: len(a.requests) > 15, what='the slow ones are in flight')
+            checks, end = a.checks, time.monotonic() + 3
+            while time.monotonic() < end:
+                assert client.ask_own() == 'A'
+                time.sleep(0.1)
+            assert a.checks - checks < 5
 
 
 def test_a_paused_proxy_passes_on_the_answers_that_came_meanwhile() -> None:

@@ -805,10 +805,11 @@ def test_a_new_message_waits_for_a_connection_that_no_message_holds_unless_that_
         time.sleep(2 if is_check(message) else 0)
         echo(peer, message)
 
-    with stubs(slow_checks) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as one, proxy.client() as two:
-        assert one.ask_own() == 'A'
-        assert seconds_of(lambda: two.ask_own() == 'A' or pytest.fail('a default')) < 1.5, 'it took the held one'
-        wait_until(lambda: a.open == 2, what='the pool grew')
+    with stubs(slow_checks) as (a,), ProxyProcess('-s', a.service) as proxy:
+        with proxy.client() as one, proxy.client() as two:
+            assert one.ask_own() == 'A'
+            assert seconds_of(lambda: two.ask_own() == 'A' or pytest.fail('a default')) < 1.5, 'it took the held one'
+            wait_until(lambda: a.open == 2, what='the pool grew')
 
 
 @pytest.mark.parametrize('full', [0, 1])
