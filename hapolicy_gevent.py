@@ -85,7 +85,7 @@ import warnings
 import zlib
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import add, sub
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
@@ -390,8 +390,8 @@ class Service(Settings):
     state = UP
     why = 'never down'
     blamed = False  #: mail took it down, or put it on trial: only an answered mail makes it up again
-    in_a_row = 0  #: failed mails since one was answered
-    late_in_a_row = 0  #: how many of the last of these failed by a timeout
+    in_a_row = 0  #: failed mails that count, since one was answered
+    full_logged = 0  #: how many connections it served when it was found full, the greatest number that was logged
     # monotonic seconds
     since = 0.0  #: when the state changed
     answered_at = 0.0  #: when mail was answered last
@@ -432,24 +432,34 @@ class Service(Settings):
                 self.blamed = False
                 self.turn(UP, 'mail was answered', now)
             elif self.in_a_row:
-                self.in_a_row = self.late_in_a_row = 0
+                self.in_a_row = 0
 
-    def mail_failed(self, reason: str, since: float, alone: bool, crowded: bool, now: float) -> None:
-        """Count a failed mail that was sent at `since`; too many take the service down, or put it on trial.
+    def mail_late(self, since: float, alone: bool, crowded: bool, now: float) -> None:
+        """Count a mail that was sent at `since` and had no answer in time.
 
-        Alone: no other service is up. Mail never takes that one down. Crowded: other mail waits for a place here. A
-        late answer does not count if mail was answered since the late one was sent; nor if the service is alone and
-        crowded, as strangers' slow messages may hold every place.
+        It does not count if mail was answered since it was sent; nor if no other service is up (alone) and other mail
+        waits for a place here (crowded), as strangers' slow messages may hold every place.
         """
-        late = reason is LATE
-        if self.state is DOWN or reason not in JUDGED or (late and (self.answered_at > since or (alone and crowded))):
+        if self.answered_at <= since and not (alone and crowded):
+            self._mail_failed(LATE, alone, now)
+
+    def outdone(self, reason: str, now: float) -> None:
+        """Count a mail that failed here, and that another service answered: else the mail may be at fault.
+
+        A late answer was counted when it was late. Whether other connections are refused, too, a check finds out.
+        """
+        if reason in (DROPPED, INVALID):
+            self._mail_failed(reason, False, now)
+
+    def _mail_failed(self, reason: str, alone: bool, now: float) -> None:
+        """Too many failures in a row take the service down; the last one that is up they put on trial."""
+        if self.state is DOWN:
             return
         self.in_a_row += 1
-        self.late_in_a_row = self.late_in_a_row + 1 if late else 0
         if not alone and (self.in_a_row >= self.fall or self.state is TRIAL):
             self.blamed = True
             self.turn(DOWN, f'mail failed {self.in_a_row} times in a row, the last: {reason}', now)
-        elif alone and self.state is UP and self.late_in_a_row >= self.fall:
+        elif alone and self.state is UP and self.in_a_row >= self.fall:
             self.blamed = True
             self.turn(TRIAL, f'{self.fall} mails in a row had no answer in time', now)
 
@@ -462,7 +472,7 @@ class Service(Settings):
             self.why = why
         if state is DOWN:
             self.tally.last_failure = now, why
-        self.state, self.in_a_row, self.late_in_a_row = state, 0, 0
+        self.state, self.in_a_row = state, 0
         self.changed(self, f'{self} is {"on " if state is TRIAL else ""}{state}: {why}{lasted}', now)
 
 
@@ -586,7 +596,7 @@ class Balancer:
             turns = itertools.cycle(one_cycle(pools))  # as they come: all those of 100 services would take 0.3 s
             self._rounds.append((functools.partial(itertools.islice, turns, number), pools))
 
-    def choose(self, instance: bytes, tried: Sequence[Pool], now: float, key: bytes = b'') -> Pool | None:
+    def choose(self, instance: bytes, tried: Collection[Pool], now: float, key: bytes = b'') -> Pool | None:
         """Return the pool that a request is to have a connection of; None if it may wait for any.
 
         With a key: the first pool in its order that is ready. If none is ready, the first one: a connection that
@@ -608,7 +618,7 @@ class Balancer:
                 return first_up if key else None
         return None
 
-    def candidates(self, first: Pool | None, tried: Sequence[Pool], waited: float, now: float,
+    def candidates(self, first: Pool | None, tried: Collection[Pool], waited: float, now: float,
                    key: bytes = b'') -> list[Pool]:  # fmt: skip
         """Return the pools that a request may wait for, the best first, after it has waited for so many seconds.
 
@@ -1311,7 +1321,8 @@ class Checker:
         """Return whether a check is due that no request waits for."""
         pool, service, ago = self.pool, self.pool.service, now - self.began
         return (service.failed_at > self.began  # a mail failed, and a check decides what that means
-                or (ago > BACKOFF_FIRST and pool.use is CHECKED and not pool.open)
+                or (ago > BACKOFF_FIRST and now < service.answered_at + UNHEARD  # the last connection ended
+                    and pool.use is CHECKED and not pool.open)
                 or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
                 or (ago > service.stall and pool.stalled(now))
                 or (not self.running and pool.crowded(now)))  # fmt: skip
@@ -1325,13 +1336,13 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        late = running > 0 and now - self.began > self._slow and not self.answered
-        stuck = late and not self.full and (bool(pool.waiting) or not pool.queue.balancer.up)
+        late = running > 0 and now - self.began > self._slow + CONNECT_TIMEOUT * (self.full > 0) and not self.answered
+        stuck = late and not (self.full and pool.open) and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
         places = {CHECKED: pool.places - len(pool.busy), SINGLE_USE: 1, UNCHECKED: 0}[pool.use]
         one_more = more or stuck or down or self.due(now)
         wanted = max(min(len(pool.waiting), places), running + one_more)
-        number = min(wanted, (1 if down else int(self.at_once)) + stuck)
+        number = min(wanted, (1 if down else max(int(self.at_once), self.full - pool.open)) + stuck)
         if stuck:
             pool.connector.rotate(self.began)
             if running > 1 and (running >= number or not pool.room):
@@ -1376,9 +1387,12 @@ class Checker:
             self.began = now - UNHEARD + BACKOFF_FIRST  # once proves little: the next check is due soon
             pool.use = CHECKED
             pool.use_once()
-        elif pool.passed or not self.full:  # else it took the place of one that was given up
-            self.at_once = min(self.at_once + (1 if single else self.at_once), pool.service.max)
-        self.full = self.full if self.at_once < pool.service.max else 0
+        elif single and (pool.passed or not self.full):  # else it took the place of one that was given up
+            self.at_once = min(self.at_once + 1, pool.service.max)
+            self.full = self.full if self.at_once < pool.service.max else 0
+        elif not single and pool.open >= self.full:  # else it took the place of one that ended
+            self.at_once = max(self.at_once, min(2 * self.at_once, pool.open + 1))
+            self.full = self.full if pool.waiting else 0
         # what began long before this check and is not answered may have met a worker that hangs
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
         pool.passed = True
@@ -1393,12 +1407,13 @@ class Checker:
         if self.running.pop(check, None) is None:
             return
         pool, service, reason = self.pool, self.pool.service, failure.reason
+        why = reason if now - check.since < UNANSWERED else LATE  # mail would wait as long, too
         self._failed_at = check.since
         pool.connector.rotate(check.since)
         if reason not in JUDGED:  # a fault of ours
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
-            self.reason = reason
+            self.reason = why
             pool.queue.balancer.update()
             for waiter in pool.waiting:  # each waited for this check, and chooses again
                 waiter.woken.set()
@@ -1411,7 +1426,7 @@ class Checker:
               and any(0 <= check.since - other.since <= CONNECT_TIMEOUT for other in self.running)):  # fmt: skip
             self.lower()
         else:
-            self.reason = reason
+            self.reason = why
             service.turn(DOWN, f'its check: {reason}, {failure}', now)
 
     def _serves(self, check: Connection, reason: str) -> bool:
@@ -1448,9 +1463,10 @@ class Checker:
         self.lower()
         if self.answered:
             return  # these are served, too: they are counted next time
-        pool, known = self.pool, self.full
-        self.full = max(1, pool.look())
-        if not known and self.full < pool.service.max:
+        pool, service = self.pool, self.pool.service
+        self.full = max(1, self.full, pool.look())
+        if service.full_logged < self.full < service.max:
+            service.full_logged = self.full
             pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
                         f' set its max to {self.full}, or give it more workers')  # fmt: skip
 
@@ -1507,7 +1523,8 @@ class Pool:
         for connection in [*self.held, *self.idle]:
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
-        busy = [each for each in self.busy if each.poll is not None and each.look(socket.MSG_PEEK) is not ENDED]
+        served = [each for each in self.busy if each.poll is not None and (each.used or self.use is not CHECKED)]
+        busy = [each for each in served if each.look(socket.MSG_PEEK) is not ENDED]
         return len(self.idle) + len(self.held) + len(busy)
 
     def admits(self, waited: float, now: float) -> bool:
@@ -1611,9 +1628,9 @@ class Pool:
         service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
         if self.busy.pop(connection, self) is None:  # else the service went down after the mail was sent
             service.failed_at, alone = now, self.queue.balancer.up == (service.state is UP)
-            if failure.reason not in (REFUSED, UNREACHABLE):  # else a check shows whether others are refused, too
-                service.mail_failed(failure.reason, connection.since, alone, len(self.waiting) > 0, now)
-            elif not self.checker.enabled:
+            if failure.reason is LATE:
+                service.mail_late(connection.since, alone, len(self.waiting) > 0, now)
+            elif failure.reason in (REFUSED, UNREACHABLE) and not self.checker.enabled:
                 service.turn(DOWN, failure.reason, now)  # so that this mail gets --default, not --failed
             self.checker.enabled = True  # under spawn(8), too
             self.checker.grow(now)
@@ -1701,7 +1718,8 @@ class Pool:
             self.checker.stop(*[*self.checker.running][:1])
         for connection in [*self.idle, *self.held]:
             expired = now >= connection.expires
-            at_most = SPARE_IDLE if expired or self.open > 1 or self.checker.full else UNHEARD
+            spare = expired or self.open > 1 or self.checker.full or connection.used < 2  # it answered its check alone
+            at_most = SPARE_IDLE if spare else UNHEARD
             if now - connection.idle_since >= at_most or (expired and connection not in self.held):
                 self._close(connection)
 
@@ -1745,7 +1763,7 @@ class Queue:
         for service in services:
             service.start(self.changed, time.monotonic())
 
-    def wait(self, client: Client, first: Pool | None, tried: Sequence[Pool], deadline: float,
+    def wait(self, client: Client, first: Pool | None, tried: Collection[Pool], deadline: float,
              since: float) -> Connection | None:  # fmt: skip
         """Return a connection of a pool that was not tried, of `first` if that has one soon; None if there is none."""
         waiter, now = Waiter(client), since
@@ -1951,7 +1969,7 @@ class Proxy:
         self.statistics.requests += 1
         instance = instance_of(request)
         if instance is None:
-            return self._give_default(client, NOT_POLICY, None, [])
+            return self._give_default(client, NOT_POLICY, {})
         last = client.connection
         if last is not None and (instance != client.instance or not instance):
             last.pool.let_go(last, client, now)
@@ -1959,33 +1977,33 @@ class Proxy:
         if self._balancer.sticky is not None:
             client.key = self._balancer.sticky.key(request)
         deadline = now + self._deadline
-        tried: list[Pool] = []
-        failure: ServiceFailure | None = None
+        failures: dict[Pool, ServiceFailure] = {}  # of those that were asked
         while now < deadline:
-            pool = self._balancer.choose(instance, tried, now, client.key)
+            pool = self._balancer.choose(instance, failures, now, client.key)
             if client.key and last is not None and last.pool is not pool:
                 last.pool.let_go(last, client, now)
             connection = pool.take(client, now) if pool is not None else None
             if connection is None:
-                connection = self.queue.wait(client, pool, tried, deadline - self._answer_time, now)
+                connection = self.queue.wait(client, pool, failures, deadline - self._answer_time, now)
             if connection is None:
                 break
-            tried.append(connection.pool)
             if instance and not client.key:
                 self._balancer.bound[instance] = connection.pool
             try:
-                action = self._query(connection, request, client, deadline, tried)
-            except ServiceFailure as caught:
-                failure, now = caught, time.monotonic()
+                action = self._query(connection, request, client, deadline, failures)
+            except ServiceFailure as failure:
+                failures[connection.pool], now = failure, time.monotonic()
                 continue
             self.statistics.answers += 1
-            if failure is None:
+            if not failures:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
-            return action, connection.pool.service, len(tried), f'answered after {failure.reason}'
-        late = time.monotonic() >= deadline - (self._answer_time if failure is None else 0)
-        reason = OUT_OF_TIME if late else NO_SERVICE if failure is None else ALL_FAILED
-        return self._give_default(client, reason, failure, tried)
+            for failed, fault in failures.items():
+                failed.service.outdone(fault.reason, time.monotonic())
+            return action, connection.pool.service, len(failures) + 1, f'answered after {fault.reason}'
+        late = time.monotonic() >= deadline - (0 if failures else self._answer_time)
+        reason = OUT_OF_TIME if late else ALL_FAILED if failures else NO_SERVICE
+        return self._give_default(client, reason, failures)
 
     @property
     def _answer_time(self) -> float:
@@ -1993,12 +2011,12 @@ class Proxy:
         return min(ANSWER_PART * self._deadline, 2 * min(pool.service.tally.mean for pool in self.pools.values()))
 
     def _query(self, connection: Connection, request: bytes, client: Client, deadline: float,
-               tried: Sequence[Pool]) -> bytes:  # fmt: skip
+               tried: Collection[Pool]) -> bytes:  # fmt: skip
         """Pass on the answer of one service; return its action. Raises ServiceFailure, ClientFault."""
         pool, retried, used = connection.pool, False, 0
         try:
+            pool.service.queries += 1
             while True:
-                pool.service.queries += 1
                 connection.user = client.user
                 try:
                     action = connection.ask(request, deadline - connection.since)
@@ -2029,7 +2047,7 @@ class Proxy:
         pool.answered(connection, action, not client.ended, now)
         return action
 
-    def _retry(self, connection: Connection, client: Client, deadline: float, tried: Sequence[Pool]) -> Connection:
+    def _retry(self, connection: Connection, client: Client, deadline: float, tried: Collection[Pool]) -> Connection:
         """Return a connection that carries a request to the same service, in place of one that ended.
 
         A new connection without a check, in the same place. But the idle one that has given the fewest answers, if
@@ -2055,16 +2073,15 @@ class Proxy:
         found.silent_at = -math.inf  # it has to be silent first
         return found
 
-    def _give_default(self, client: Client, reason: str, failure: ServiceFailure | None,
-                      tried: Sequence[Pool]) -> Decision:  # fmt: skip
+    def _give_default(self, client: Client, reason: str, failures: dict[Pool, ServiceFailure]) -> Decision:
         any_up = any(pool.service.state is not DOWN for pool in self.pools.values())
-        action = self._failed if tried and any_up else self._default
+        action, asked = self._failed if failures and any_up else self._default, [*failures]
         client.answer(action)
         self.statistics.defaults[reason] += 1
-        why = f'default, {reason}' + (f', last: {failure.reason}' if failure is not None else '')
+        why = f'default, {reason}' + (f', last: {failures[asked[-1]].reason}' if failures else '')
         if reason not in self._logged:
             self._log(WARNING, f"Default action '{printable(action)}' given: {why}")
-        return action, tried[-1].service if tried else None, len(tried), why
+        return action, asked[-1].service if asked else None, len(asked), why
 
     # -- serving
 
@@ -2503,7 +2520,7 @@ def complain(text: str) -> None:
 
 def make_log(options: SimpleNamespace, server: bool) -> Log:
     """Return the log that the options ask for; stdout and stderr are not used where they are the client."""
-    ident, fd = options.name, 2 if server or os.isatty(2) else -1
+    ident, fd = options.name, 2 if (server and not is_client(2)) or os.isatty(2) else -1
     if options.stdout and (server or not is_client(1)):
         ident, fd = '', 1
     return Log(ident, fd, requests=options.logging > 0, verbose=options.verbose > 0)

@@ -451,6 +451,7 @@ def test_a_connection_with_an_answer_to_read_is_served_though_the_server_has_end
         pool = pool_of(a.service)
         connection = Connection(pool, time.monotonic())
         connection.open()
+        connection.used = 1  # it has answered its check
         pool.busy[connection] = None
         connection.send(request())
         wait_until(lambda: a.peers and a.peers[0].closed.is_set())
