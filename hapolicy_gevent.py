@@ -1015,7 +1015,7 @@ class Connector:
         self._trouble = trouble
 
     def connect(self) -> socket.socket:
-        """Return a socket connected to the first address that takes it. Raises OSError."""
+        """Return a socket connected to the first address that takes it. Raises ServiceFailure."""
         now = time.monotonic()
         if self._named:
             if self._lookup is None or self._lookup.ready():
@@ -1032,7 +1032,7 @@ class Connector:
                     raise
                 # a timeout is reported rather than a refusal: that address may be well, and only slow
                 failure = failure if isinstance(failure, TimeoutError) else error
-        raise failure
+        raise connect_failure(failure, self._address.family)
 
     def rotate(self, since: float) -> None:
         """Make the next address the first: what began at `since` failed at the first one, if that did not change."""
@@ -1086,10 +1086,7 @@ class Connection(Wire):
         """Connect. Raises ServiceFailure."""
         pool = self.pool
         pool.trace('Opening socket to')
-        try:
-            sock = pool.connector.connect()
-        except OSError as error:
-            raise connect_failure(error, pool.service.address.family) from None
+        sock = pool.connector.connect()
         super().__init__(sock)
         poller = select.poll()
         poller.register(sock.fileno(), select.POLLIN | select.POLLRDHUP)
