@@ -1147,8 +1147,7 @@ class Connection(Wire):
     def _see_silence(self, left: float) -> None:
         """Rest: wait until it has been silent for long enough, half the seconds left at most. Raises NotSent if not."""
         if said := self.listen(min(self.quiet_at - self.since, left / 2)):
-            if said is SURPLUS:
-                self.pool.said_more('what nobody asked for', self.since)
+            self.pool.drop(self, said)
             raise NotSent(DROPPED, 'it was not silent before its use')
         self.silent_at = self.since
 
