@@ -602,10 +602,9 @@ class Balancer:
         With a key: the first pool in its order that is ready. If none is ready, the first one: a connection that
         becomes free at another service first is of no use.
         """
-        if instance and not key:
-            bound = self.bound.get(instance)
-            if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
-                return bound
+        bound = None if key else self.bound.get(instance)  # an empty instance is not in the table
+        if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
+            return bound
         for turns, pools in self._rounds:
             first_up: Pool | None = None
             for pool in Sticky.order(key, pools) if key else turns():
