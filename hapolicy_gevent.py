@@ -610,7 +610,7 @@ class Balancer:
             for pool in Sticky.order(key, pools) if key else turns():
                 if pool in tried or (now - pool.service.answered_at > QUIET and pool.stalled(now)):
                     continue  # the comparison of times saves the call, nearly always under load
-                if pool.idle or pool.ready(now, STICKY_PATIENCE if key else PATIENCE):
+                if pool.ready(now, STICKY_PATIENCE if key else PATIENCE):
                     return pool
                 first_up = first_up or (pool if pool.service.state is UP else None)
             if first_up is not None:  # the next prio is for requests that have waited
@@ -1290,7 +1290,7 @@ class Checker:
         """Return whether a request with so many seconds of patience may expect a new connection."""
         if self.running:
             return not self.full and now - asked_first(self.running) <= patience
-        return self.enabled and self.pool.room > 0 and not self._too_early(now)
+        return self.pool.room > 0 and not self._too_early(now)
 
     def restarts(self, now: float) -> bool:
         """Return whether a service that is down went down so lately that it may just be restarting."""
@@ -1334,7 +1334,7 @@ class Checker:
         late = running > 0 and now - self.began > self._slow + CONNECT_TIMEOUT * (self.full > 0) and not self.answered
         stuck = late and not (self.full and pool.open) and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
-        places = {CHECKED: pool.places - len(pool.busy), SINGLE_USE: 1, UNCHECKED: 0}[pool.use]
+        places = 1 if pool.use is SINGLE_USE else pool.places - len(pool.busy)
         one_more = more or stuck or down or self.due(now)
         wanted = max(min(len(pool.waiting), places), running + one_more)
         number = min(wanted, (1 if down else max(int(self.at_once), self.full - pool.open)) + stuck)
