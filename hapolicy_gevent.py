@@ -453,15 +453,12 @@ class Service(Settings):
 
     def _mail_failed(self, reason: str, alone: bool, now: float) -> None:
         """Too many failures in a row take the service down; the last one that is up they put on trial."""
-        if self.state is DOWN:
+        if self.state is DOWN or (alone and self.state is TRIAL):
             return
         self.in_a_row += 1
-        if not alone and (self.in_a_row >= self.fall or self.state is TRIAL):
+        if self.in_a_row >= self.fall or self.state is TRIAL:
             self.blamed = True
-            self.turn(DOWN, f'mail failed {self.in_a_row} times in a row, the last: {reason}', now)
-        elif alone and self.state is UP and self.in_a_row >= self.fall:
-            self.blamed = True
-            self.turn(TRIAL, f'{self.fall} mails in a row had no answer in time', now)
+            self.turn(TRIAL if alone else DOWN, f'mail failed {self.in_a_row} times in a row, the last: {reason}', now)
 
     def turn(self, state: str, why: str, now: float) -> None:
         """Change the state, and report it."""
@@ -1382,10 +1379,7 @@ class Checker:
             self.began = now - UNHEARD + BACKOFF_FIRST  # once proves little: the next check is due soon
             pool.use = CHECKED
             pool.use_once()
-        elif single and (pool.passed or not self.full):  # else it took the place of one that was given up
-            self.at_once = min(self.at_once + 1, pool.service.max)
-            self.full = self.full if self.at_once < pool.service.max else 0
-        elif not single and pool.open >= self.full:  # else it took the place of one that ended
+        elif pool.open >= self.full:  # else it took the place of one that ended
             self.at_once = max(self.at_once, min(2 * self.at_once, pool.open + 1))
             self.full = self.full if pool.waiting else 0
         # what began long before this check and is not answered may have met a worker that hangs
@@ -1965,24 +1959,21 @@ class Proxy:
         instance = instance_of(request)
         if instance is None:
             return self._give_default(client, NOT_POLICY, {})
-        last = client.connection
-        if last is not None and (instance != client.instance or not instance):
+        key = b'' if self._balancer.sticky is None else self._balancer.sticky.key(request)
+        last = client.connection  # the message holds it while its instance and its key stay the same
+        if last is not None and (instance != client.instance or not instance or key != client.key):
             last.pool.let_go(last, client, now)
-        client.instance = instance
-        if self._balancer.sticky is not None:
-            client.key = self._balancer.sticky.key(request)
+        client.instance, client.key = instance, key
         deadline = now + self._deadline
         failures: dict[Pool, ServiceFailure] = {}  # of those that were asked
         while now < deadline:
-            pool = self._balancer.choose(instance, failures, now, client.key)
-            if client.key and last is not None and last.pool is not pool:
-                last.pool.let_go(last, client, now)
+            pool = self._balancer.choose(instance, failures, now, key)
             connection = pool.take(client, now) if pool is not None else None
             if connection is None:
                 connection = self.queue.wait(client, pool, failures, deadline - self._answer_time, now)
             if connection is None:
                 break
-            if instance and not client.key:
+            if instance and not key:
                 self._balancer.bound[instance] = connection.pool
             try:
                 action = self._query(connection, request, client, deadline, failures)
