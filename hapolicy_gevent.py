@@ -435,20 +435,14 @@ class Service(Settings):
                 self.in_a_row = 0
 
     def mail_late(self, since: float, alone: bool, crowded: bool, now: float) -> None:
-        """Count a mail that was sent at `since` and had no answer in time.
-
-        It does not count if mail was answered since it was sent; nor if no other service is up (alone) and other mail
-        waits for a place here (crowded), as strangers' slow messages may hold every place.
-        """
+        """Count a mail that was sent at `since` and had no answer in time. Alone: no other service is up."""
+        # crowded: other mail waits for a place, all of which strangers' slow messages may hold
         if self.answered_at <= since and not (alone and crowded):
             self._mail_failed(LATE, alone, now)
 
     def outdone(self, reason: str, now: float) -> None:
-        """Count a mail that failed here, and that another service answered: else the mail may be at fault.
-
-        A late answer was counted when it was late. Whether other connections are refused, too, a check finds out.
-        """
-        if reason in (DROPPED, INVALID):
+        """Count a mail that failed here, and that another service answered: else the mail may be at fault."""
+        if reason in (DROPPED, INVALID):  # a late answer was counted when it was late; a check judges refusals
             self._mail_failed(reason, False, now)
 
     def _mail_failed(self, reason: str, alone: bool, now: float) -> None:
@@ -1260,9 +1254,8 @@ class Checker:
     for QUIET: the connection joins the pool. No mail waits on it meanwhile, so many checks may run at once.
 
     A service is *full* when it serves some connections and lets a further check wait, or hangs up on it: a prefork
-    server whose children are all taken, or a server with a limit. Then one check at a time is made, and twice as many
-    after each that passes. At a single-use service fewer mails are sent at once: one more after each check that
-    passes, and one more after each round of answers while the service is not full. Full is not down.
+    server whose children are all taken, or a server with a limit. Then one check at a time is made, and more after each
+    that passes: the pool at most doubles. At a single-use service fewer mails are sent at once. Full is not down.
     """
 
     def __init__(self, pool: Pool, enabled: bool) -> None:
@@ -1323,7 +1316,7 @@ class Checker:
         """Start checks: one for each request that waits; one more if `more`, or if a check is due; one if down.
 
         Also one more if the running checks are late, and requests wait or no service is up: the running checks may have
-        met workers that hang. Not at a full server: it would still serve each check that we give up.
+        met workers that hang. Not at a full server that serves us: it would still serve each check that we give up.
         """
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
@@ -1338,8 +1331,7 @@ class Checker:
         if stuck:
             pool.connector.rotate(self.began)
             if running > 1 and (running >= number or not pool.room):
-                *elder, _ = self.running
-                self.stop(*elder)  # stops the youngest; the elder ones go on, as the server may only be slow
+                self.stop(*[*self.running][:-1])  # the youngest: the elder ones go on, as the server may only be slow
         for _ in range(min(number - len(self.running), pool.room)):
             self.began = now
             check = Connection(pool, now)
@@ -1503,9 +1495,8 @@ class Pool:
     @property
     def opens(self) -> bool:
         """Whether a mail may open a connection without a check; if the service is down, Balancer.update() says why."""
-        if self.use is SINGLE_USE and len(self.busy) + 1 > self.checker.at_once:
-            return False
-        return self.room > 0 and (self.use is not CHECKED or self.service.state is DOWN)
+        most = self.checker.at_once if self.use is SINGLE_USE else math.inf
+        return len(self.busy) + 1 <= most and self.room > 0 and (self.use is not CHECKED or self.service.state is DOWN)
 
     def look(self) -> int:
         """Close the idle connections that have ended; return how many are open and connected."""
@@ -1513,8 +1504,7 @@ class Pool:
             if connection.poll is not None and connection.poll(0) and (said := connection.look()):
                 self.drop(connection, said)
         served = [each for each in self.busy if each.poll is not None and (each.used or self.use is not CHECKED)]
-        busy = [each for each in served if each.look(socket.MSG_PEEK) is not ENDED]
-        return len(self.idle) + len(self.held) + len(busy)
+        return len(self.idle) + len(self.held) + sum(each.look(socket.MSG_PEEK) is not ENDED for each in served)
 
     def admits(self, waited: float, now: float) -> bool:
         """Return whether a request that has waited for so many seconds may go on waiting for this service.
@@ -1539,10 +1529,8 @@ class Pool:
 
     def crowded(self, now: float) -> bool:
         """Return whether much mail was sent since the service answered last, and an answer should have come by now."""
-        heard_at = self.service.heard_at
-        if len(self.busy) < CROWD or now - heard_at < max(QUIET, 5 * self.service.tally.mean):
-            return False
-        return next(itertools.islice(reversed(self.busy), CROWD - 1, None)).since > heard_at
+        heard_at, last = self.service.heard_at, next(itertools.islice(reversed(self.busy), CROWD - 1, None), None)
+        return last is not None and last.since > heard_at and now - heard_at > max(QUIET, 5 * self.service.tally.mean)
 
     def stalled(self, now: float) -> bool:
         """Return whether mail is in flight and none was answered for `stall` seconds.
@@ -1707,8 +1695,8 @@ class Pool:
             self.checker.stop(*[*self.checker.running][:1])
         for connection in [*self.idle, *self.held]:
             expired = now >= connection.expires
-            spare = expired or self.open > 1 or self.checker.full or connection.used < 2  # it answered its check alone
-            at_most = SPARE_IDLE if spare else UNHEARD
+            needed = connection.used > 1 and not (expired or self.open > 1 or self.checker.full)  # it answered mail
+            at_most = UNHEARD if needed else SPARE_IDLE
             if now - connection.idle_since >= at_most or (expired and connection not in self.held):
                 self._close(connection)
 

@@ -74,7 +74,7 @@ def test_i9_late_answers_say_nothing_while_others_are_answered_or_wait_for_a_pla
 
 
 @pytest.mark.parametrize('reason', [REFUSED, LATE, DEADLINE, DESCRIPTORS])
-def test_what_a_check_or_a_timeout_has_judged_or_is_not_its_fault_is_no_failure_that_another_outdoes(reason: str) -> None:
+def test_what_is_judged_otherwise_or_not_its_fault_is_no_failure_that_another_outdoes(reason: str) -> None:
     one = service()
     for _ in range(10):
         one.outdone(reason, 1)

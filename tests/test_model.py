@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import time as real_time
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import gevent
@@ -261,7 +261,7 @@ class Model(RuleBasedStateMachine):
             raise outcome
         return outcome
 
-    def choose(self, instance: bytes, tried: Sequence[Pool], now: float, key: bytes = b'') -> Pool | None:
+    def choose(self, instance: bytes, tried: Collection[Pool], now: float, key: bytes = b'') -> Pool | None:
         """Have the balancer choose; note if it passed over a service that could have the mail by Sticky's order."""
         balancer = self.queue.balancer
         chosen = Balancer.choose(balancer, instance, tried, now, key)

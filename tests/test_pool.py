@@ -813,16 +813,99 @@ def test_a_new_message_waits_for_a_connection_that_no_message_holds_unless_that_
             wait_until(lambda: a.open == 2, what='the pool grew')
 
 
+def test_a_full_pool_replaces_what_ended_at_once_and_at_most_doubles() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    pool.queue.hand_over = lambda pool, now: None  # type: ignore[method-assign]
+    pool.checker.full, pool.checker.at_once = 5, 1.0
+    for _ in range(50):
+        wait_in_line(pool)
+    pool.busy = {Connection(pool, now): None for _ in range(2)}
+    pool.checker.grow(now)
+    assert len(pool.checker.running) == 3, 'it has served five'
+    for served in (3, 4, 5, 6, 7, 8, 9):
+        pool.checker.passed(next(iter(pool.checker.running)), '', now)
+        pool.checker.grow(now)
+        assert pool.open == served and len(pool.checker.running) <= max(5 - served, served + 1)
+    assert pool.checker.full and pool.checker.at_once > 1
+    pool.waiting.clear()
+    pool.checker.passed(next(iter(pool.checker.running)), '', now)
+    assert not pool.checker.full, 'it serves more than five, and nobody waits'
+
+
+def test_how_many_connections_a_full_server_serves_is_logged_once_unless_it_is_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pool, logged = pool_of('A=127.0.0.1:1'), list[str]()
+    monkeypatch.setattr(pool, 'report', logged.append)
+    for open_now in (3, 1, 5, 5, 4):
+        pool.look = lambda: open_now  # type: ignore[method-assign]  # noqa: B023
+        pool.checker.found_full('no answer')
+        pool.checker.full = 0
+    assert [line.partition(' connections')[0] for line in logged] == ['is full: it serves 3', 'is full: it serves 5']
+
+
+def test_connections_in_the_backlog_of_a_full_server_are_not_among_those_it_serves() -> None:
+    with stubs(echo) as (a,):
+        pool = pool_of(a.service)
+        for used in (1, 0):
+            connection = Connection(pool, time.monotonic())
+            connection.open()
+            connection.socket.settimeout(0)  # as a socket of gevent
+            connection.used = used
+            pool.busy[connection] = None
+        assert pool.look() == 1
+        pool.use = SINGLE_USE
+        assert pool.look() == 2, 'each has answered nothing before its one mail'
+
+
+def test_a_connection_that_answered_nothing_but_its_check_ends_soon_and_is_not_made_anew() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: None  # type: ignore[method-assign]
+    connection = Connection(pool, now)
+    connection.used, pool.idle, pool.checker.began, pool.service.checked_at = 1, [connection], now, now
+    pool.prune(now + 3)
+    assert not pool.idle, 'another proxy may wait for the only child of the server'
+    assert not pool.checker.due(now + 5) and pool.checker.due(now + 31)
+    pool.service.answered_at = now + 4
+    assert pool.checker.due(now + 5), 'it has mail: the next one need not wait'
+
+
+def test_mail_does_not_try_a_service_whose_checks_are_hung_up_on_late() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    for seconds, places in (0.1, 5), (3, 0):
+        check = Connection(pool, now)
+        pool.checker.running[check] = True
+        pool.checker.failed(check, ServiceFailure(DROPPED, 'it hung up'), now + seconds)
+        assert pool.service.state is DOWN and pool.places == places, 'each mail would wait as long'
+
+
+def test_a_service_on_trial_is_not_chosen_for_its_idle_connection_while_its_place_is_taken() -> None:
+    a, b = Queue([parse_service('A=127.0.0.1:1'), parse_service('B=127.0.0.1:1')], Log()).balancer.pools
+    now = time.monotonic()
+    b.service.turn(hapolicy_gevent.TRIAL, 'mail failed', now)
+    for pool in (a, b):
+        pool.idle, pool.service.answered_at = [Connection(pool, now)], now
+    b.busy[Connection(b, now)] = None
+    assert {b.queue.balancer.choose(b'', (), now) for _ in range(10)} == {a}
+
+
 @pytest.mark.parametrize('full', [0, 1])
 def test_another_check_is_made_beside_one_that_waits_long_unless_the_service_is_full(full: int) -> None:
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
-    pool.checker.full = full
+    pool.checker.full, pool.checker.at_once = full, 1.0 if full else 100.0
     pool.busy[Connection(pool, now)] = None
     wait_in_line(pool)
     pool.checker.grow(now)
     pool.checker.grow(now + 1.1 * hapolicy_gevent.UNANSWERED)
     assert len(pool.checker.running) == (1 if full else 2)
+    if full:
+        pool.checker.grow(now + 8)
+        assert len(pool.checker.running) == 1
+        pool.busy.clear()
+        pool.checker.grow(now + 8)
+        assert len(pool.checker.running) == 2, 'it serves us no more: the first one may have met a worker that hangs'
 
 
 def test_checks_that_nobody_waits_for_any_more_are_closed_but_for_the_first() -> None:

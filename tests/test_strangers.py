@@ -66,6 +66,22 @@ def test_i9_mail_that_makes_a_server_fail_costs_no_other_mail_its_verdict(poison
         assert good.held()[-1] < 10 * SCALE, 'its timeout is 30 s'
 
 
+@pytest.mark.parametrize(('field', 'option'), [(':20', '--stall=5'), ('', '--sticky=recipient')])
+def test_i9_mail_that_every_server_hangs_up_on_sends_no_other_mail_to_another_server(field: str, option: str) -> None:
+    behave = for_sender('poison', hang_up, slow(0.02))
+    with stubs(behave, behave) as (a, b), ProxyProcess('-s', a.service, '-s', b.service + field, option) as proxy:
+        good, bad = [proxy.client() for _ in range(6)], [proxy.client() for _ in range(3)]
+
+        def server_of(i: int) -> str:
+            return good[i].ask(request(instance=new_instance(), recipient=f'{i}@b.example')).split()[-1]
+
+        own = [server_of(i) for i in range(6)]
+        for _ in range(8):  # bursts, so that two of them fail with no answer between them
+            in_threads(3, lambda i: bad[i].ask(request(sender='poison', instance=new_instance(), recipient=f'{i}@b')))
+            assert in_threads(6, server_of) == own
+        assert 'is down' not in proxy.log
+
+
 @pytest.mark.parametrize(('messages', 'maximum'), [(200, ''), (50, '5')])
 def test_i9_messages_that_no_server_answers_in_time_cost_good_mail_its_wait_alone(messages: int, maximum: str) -> None:
     behaviour = for_sender('tarpit', hang)
