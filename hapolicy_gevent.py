@@ -1371,9 +1371,10 @@ class Checker:
             self.began = now - UNHEARD + BACKOFF_FIRST  # once proves little: the next check is due soon
             pool.use = CHECKED
             pool.use_once()
-        elif pool.open >= self.full:  # else it took the place of one that ended
+        elif pool.open >= (int(self.at_once) if single else self.full):  # else it took the place of one that ended
             self.at_once = max(self.at_once, min(2 * self.at_once, pool.open + 1))
-            self.full = self.full if pool.waiting else 0
+            # mail that meets the limit of a single-use server costs a retry: there it is full until it has shown more
+            self.full = self.full if (single or pool.waiting) and self.at_once < pool.service.max else 0
         # what began long before this check and is not answered may have met a worker that hangs
         self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
         pool.passed = True

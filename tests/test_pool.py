@@ -402,6 +402,19 @@ def wait_in_line(pool: Pool) -> None:
     pool.waiting.append(waiter)
 
 
+@pytest.mark.parametrize(('busy', 'before', 'after'), [(1, 2.5, 2.5), (3, 3, 4)])
+def test_a_full_single_use_service_gets_more_mails_at_once_where_a_check_passes_beside_all_of_them(
+    busy: int, before: float, after: float,
+) -> None:  # fmt: skip
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.use, pool.checker.full, pool.checker.at_once = SINGLE_USE, 4, before
+    pool.busy = {Connection(pool, now): None for _ in range(busy)}
+    check = Connection(pool, now)
+    pool.checker.running[check] = gevent.Greenlet(lambda: None)
+    pool.checker.passed(check, hapolicy_gevent.ENDED, now)
+    assert pool.checker.at_once == after and pool.checker.full == 4
+
+
 def test_a_single_use_service_at_its_max_is_checked_before_mail_takes_the_place() -> None:
     pool = pool_of('A=127.0.0.1:1::::1')
     queue, now = pool.queue, time.monotonic()
