@@ -1446,7 +1446,7 @@ class Checker:
         if self.answered:
             return  # these are served, too: they are counted next time
         pool, service = self.pool, self.pool.service
-        self.full = max(1, self.full, pool.look())
+        self.full = max(1, pool.look())
         if service.full_logged < self.full < service.max:
             service.full_logged = self.full
             pool.report(f'is full: it serves {self.full} connections, and a further one had: {why}. If that lasts,'
