@@ -596,12 +596,13 @@ class Balancer:
         bound = None if key else self.bound.get(instance)  # an empty instance is not in the table
         if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
             return bound
+        patience = STICKY_PATIENCE if key else PATIENCE
         for turns, pools in self._rounds:
             first_up: Pool | None = None
             for pool in Sticky.order(key, pools) if key else turns():
                 if pool in tried or (now - pool.service.answered_at > QUIET and pool.stalled(now)):
                     continue  # the comparison of times saves the call, nearly always under load
-                if pool.ready(now, STICKY_PATIENCE if key else PATIENCE):
+                if (pool.idle and len(pool.busy) < pool.places) or pool.ready(now, patience):
                     return pool
                 first_up = first_up or (pool if pool.service.state is UP else None)
             if first_up is not None:  # the next prio is for requests that have waited
