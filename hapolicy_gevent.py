@@ -184,6 +184,7 @@ class ServiceFailure(Exception):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
+        self.at = -math.inf  # when a mail failed by it (monotonic seconds), unless its service was down by then
 
 
 class Ended(ServiceFailure):
@@ -390,13 +391,14 @@ class Service(Settings):
     state = UP
     why = 'never down'
     blamed = False  #: mail took it down, or put it on trial: only an answered mail makes it up again
-    in_a_row = 0  #: failed mails that count, since one was answered
+    in_a_row = 0  #: failed mails that count, none answered between them
     full_logged = 0  #: how many connections it served when it was found full, the greatest number that was logged
     # monotonic seconds
     since = 0.0  #: when the state changed
     answered_at = 0.0  #: when mail was answered last
     checked_at = 0.0  #: when a check was answered last
     failed_at = 0.0  #: when mail failed last
+    late_at = 0.0  #: when a check had no answer in time while it was down
     newest = 0.0  #: when the youngest answered request was sent, a mail or a check
 
     #: Is called with the service, a text for the log and `now` when the state changes.
@@ -440,10 +442,11 @@ class Service(Settings):
         if self.answered_at <= since and not (alone and crowded):
             self._mail_failed(LATE, alone, now)
 
-    def outdone(self, reason: str, now: float) -> None:
+    def outdone(self, failure: ServiceFailure, now: float) -> None:
         """Count a mail that failed here, and that another service answered: else the mail may be at fault."""
-        if reason in (DROPPED, INVALID):  # a late answer was counted when it was late; a check judges refusals
-            self._mail_failed(reason, False, now)
+        # a late answer was counted when it was late; a check judges refusals; an answer since ends the row
+        if failure.reason in (DROPPED, INVALID) and failure.at > max(self.answered_at, self.since):
+            self._mail_failed(failure.reason, False, now)
 
     def _mail_failed(self, reason: str, alone: bool, now: float) -> None:
         """Too many failures in a row take the service down; the last one that is up they put on trial."""
@@ -594,13 +597,13 @@ class Balancer:
         becomes free at another service first is of no use.
         """
         bound = None if key else self.bound.get(instance)  # an empty instance is not in the table
-        if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
+        if bound is not None and bound.places and bound not in tried and not bound.stalled(now, STICKY_PATIENCE):
             return bound
-        patience = STICKY_PATIENCE if key else PATIENCE
+        patience, moment = (STICKY_PATIENCE, STICKY_PATIENCE) if key else (PATIENCE, QUIET)
         for turns, pools in self._rounds:
             first_up: Pool | None = None
             for pool in Sticky.order(key, pools) if key else turns():
-                if pool in tried or (now - pool.service.answered_at > QUIET and pool.stalled(now)):
+                if pool in tried or (now - pool.service.answered_at > QUIET and pool.stalled(now, moment)):
                     continue  # the comparison of times saves the call, nearly always under load
                 if (pool.idle and len(pool.busy) < pool.places) or pool.ready(now, patience):
                     return pool
@@ -624,7 +627,9 @@ class Balancer:
         admitting = [pool for pool in left if pool.admits(waited, now)]
         if not admitting and (self.up or any(pool.checker.restarts(now) for pool in pools)):
             admitting = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
-        answering = [pool for pool in admitting if waited >= STALLED_PATIENCE or not pool.stalled(now)] or admitting
+        moment = STICKY_PATIENCE if key else QUIET
+        prompt = [pool for pool in admitting if waited >= STALLED_PATIENCE or not pool.stalled(now, moment)]
+        answering = prompt or admitting
         if waited >= (STICKY_PATIENCE if key else PATIENCE):
             return answering
         if first in answering:
@@ -1293,8 +1298,8 @@ class Checker:
         if service.state is DOWN:
             seconds = SOON if self.restarts(now) else BACKOFF_FIRST
             if any(each.state is UP and each.heard_at >= each.failed_at for each in self.pool.queue.pools):
-                # so each failed check doubles it; a stopped server answers when it goes on: a check is to wait there
-                outage = self._failed_at - max(service.since, service.checked_at) if self.reason is not LATE else 0.0
+                # each failed check doubles it, but for late ones: a check is to wait at a server until that goes on
+                outage = max(0.0, self._failed_at - max(service.since, service.checked_at, service.late_at))
                 seconds = min(BACKOFF_MAX, BACKOFF_FIRST + outage) * JITTER
         return now < self._failed_at + seconds
 
@@ -1355,7 +1360,7 @@ class Checker:
         for check in [check for check in self.running if check not in but]:
             self.running.pop(check).kill(block=False)
             if check.poll is not None and not check.used and check.since < self.pool.service.heard_at:  # in the backlog
-                self._closed_until = max(self._closed_until, time.monotonic()) + self.fastest
+                self._closed_until = max(self._closed_until, time.monotonic()) + max(0.0, self.fastest - QUIET)
 
     def passed(self, check: Connection, said: str, now: float) -> None:
         """Take in a connection whose check was answered; what it said behind the answer decides how it is used."""
@@ -1390,13 +1395,14 @@ class Checker:
         if self.running.pop(check, None) is None:
             return
         pool, service, reason = self.pool, self.pool.service, failure.reason
-        why = reason if now - check.since < UNANSWERED else LATE  # mail would wait as long, too
+        # mail that tries a service that hangs up late would wait as long
+        why = LATE if reason in (DROPPED, INVALID) and now - check.since > UNANSWERED else reason
         self._failed_at = check.since
         pool.connector.rotate(check.since)
         if reason not in JUDGED:  # a fault of ours
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
-            self.reason = why
+            self.reason, service.late_at = why, now if why is LATE else service.late_at
             pool.queue.balancer.update()
             for waiter in pool.waiting:  # each waited for this check, and chooses again
                 waiter.woken.set()
@@ -1415,9 +1421,10 @@ class Checker:
     def _serves(self, check: Connection, reason: str) -> bool:
         """Return whether the service serves other connections, though a check failed."""
         heard = self.pool.service.heard_at - check.since
-        if reason is LATE:  # no connection in time, while mail is under way: its backlog may be full
-            no_room = check.poll is None and any(mail.poll is not None for mail in self.pool.busy)
-            return heard > 0 or no_room or check.since < self._closed_until
+        if reason is LATE and check.poll is None:  # no connection in time, while mail is under way: a full backlog?
+            return heard > 0 or any(mail.poll is not None for mail in self.pool.busy)
+        if reason is LATE:  # it may have waited behind those that we closed
+            return heard > 0 or check.since < self._closed_until
         # its connections may be closed by now, and others may have taken their places for a moment
         moment = GIVE_UP if self.full or reason is DROPPED else 0.0
         limited = self.pool.use is SINGLE_USE or (self.full > 0 and reason is DROPPED)
@@ -1534,13 +1541,13 @@ class Pool:
         heard_at, last = self.service.heard_at, next(itertools.islice(reversed(self.busy), CROWD - 1, None), None)
         return last is not None and last.since > heard_at and now - heard_at > max(QUIET, 5 * self.service.tally.mean)
 
-    def stalled(self, now: float) -> bool:
+    def stalled(self, now: float, moment: float = QUIET) -> bool:
         """Return whether mail is in flight and none was answered for `stall` seconds.
 
-        Sooner, if much was sent meanwhile, and a check had no answer within a moment, too, or there is no room for one.
+        Sooner, if much was sent, and a check had no answer within a moment, too (unless full), or has no room.
         """
-        unchecked = self.room > 0 and now - asked_first(self.checker.running) < QUIET
-        return self.silence(now) > self.service.stall or (not unchecked and self.crowded(now))
+        unchecked = self.room > 0 and now - asked_first(self.checker.running) < moment
+        return self.silence(now) > self.service.stall or (not unchecked and not self.checker.full and self.crowded(now))
 
     def _grows_first(self, now: float) -> bool:
         """Return whether a new connection may soon be there, and the others are held by messages that may ask more."""
@@ -1606,7 +1613,8 @@ class Pool:
         service.failures[failure.reason] += 1
         service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
         if self.busy.pop(connection, self) is None:  # else the service went down after the mail was sent
-            service.failed_at, alone = now, self.queue.balancer.up == (service.state is UP)
+            failure.at = service.failed_at = now
+            alone = self.queue.balancer.up == (service.state is UP)
             if failure.reason is LATE:
                 service.mail_late(connection.since, alone, len(self.waiting) > 0, now)
             elif failure.reason in (REFUSED, UNREACHABLE) and not self.checker.enabled:
@@ -1692,9 +1700,11 @@ class Pool:
                 self.checker.stop()  # a check in the server's backlog would take the child before others can
 
     def prune(self, now: float) -> None:
-        """Close what is idle: all but one connection soon, as others may need a worker; one given up when it may be."""
+        """Close what is idle soon, as others may need a worker; the last one that answered mail later."""
         if not self.waiting and self.service.state is UP:  # a mail may wait for a child behind checks that nobody needs
             self.checker.stop(*[*self.checker.running][:1])
+            if not self.checker.running and self.open < self.checker.full / 2:
+                self.checker.full = 0  # nothing has met the limit lately
         for connection in [*self.idle, *self.held]:
             expired = now >= connection.expires
             needed = connection.used > 1 and not (expired or self.open > 1 or self.checker.full)  # it answered mail
@@ -1975,7 +1985,8 @@ class Proxy:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
             for failed, fault in failures.items():
-                failed.service.outdone(fault.reason, time.monotonic())
+                if self._balancer.up > (failed.service.state is UP):  # it is not the last one that is up
+                    failed.service.outdone(fault, time.monotonic())
             return action, connection.pool.service, len(failures) + 1, f'answered after {fault.reason}'
         late = time.monotonic() >= deadline - (0 if failures else self._answer_time)
         reason = OUT_OF_TIME if late else ALL_FAILED if failures else NO_SERVICE

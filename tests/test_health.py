@@ -20,6 +20,7 @@ from hapolicy_gevent import (
     UP,
     Address,
     Service,
+    ServiceFailure,
     connect_failure,
 )
 
@@ -28,11 +29,17 @@ def service() -> Service:
     return Service('a', Address(0, 'h', 1))
 
 
+def fail_and_be_outdone(one: Service, reason: str, at: float) -> None:
+    failure = ServiceFailure(reason, '')
+    failure.at = at
+    one.outdone(failure, at + 1)
+
+
 def fail(one: Service, reason: str, since: float = 0, alone: bool = False, crowded: bool = False) -> str:
     if reason is LATE:
         one.mail_late(since, alone, crowded, since + 1)
     else:
-        one.outdone(reason, since + 1)
+        fail_and_be_outdone(one, reason, since + 1)
     return one.state
 
 
@@ -77,8 +84,18 @@ def test_i9_late_answers_say_nothing_while_others_are_answered_or_wait_for_a_pla
 def test_what_is_judged_otherwise_or_not_its_fault_is_no_failure_that_another_outdoes(reason: str) -> None:
     one = service()
     for _ in range(10):
-        one.outdone(reason, 1)
+        fail_and_be_outdone(one, reason, 1)
     assert one.state is UP
+
+
+@pytest.mark.parametrize('at', [-1, 3, 5])
+def test_a_hang_up_before_an_answer_or_before_the_service_went_down_is_no_failure_in_a_row(at: float) -> None:
+    one = service()
+    one.answered(b'DUNNO', 4, True, 4)
+    one.since = 4
+    for _ in range(3):
+        fail_and_be_outdone(one, DROPPED, at)
+    assert one.state is (DOWN if at > 4 else UP), 'the sender of slow mail chooses when another service answers it'
 
 
 def test_where_our_own_ports_are_used_up_it_is_no_failure_of_the_service() -> None:

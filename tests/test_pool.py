@@ -286,6 +286,8 @@ def test_a_client_that_leaves_while_an_address_is_connected_to_says_nothing_of_i
     trouble: list[BaseException] = [ClientFault(RESET), gevent.Timeout(), OSError('no route')]
 
     def connect(family: int, where: tuple[str, int], seconds: float) -> socket.socket:
+        if family != socket.AF_INET:  # the check of another test's proxy
+            raise ConnectionRefusedError
         tried.append(where[0])
         if trouble and where[0] == '127.0.0.1':
             raise trouble.pop(0)
@@ -592,6 +594,21 @@ def test_each_failed_check_doubles_the_backoff_and_failed_mail_ends_it(monkeypat
     assert next_check(now + 60.1) < now + 60 + 2
 
 
+def test_a_server_that_hung_for_long_and_is_restarted_is_checked_as_soon_as_one_that_died() -> None:
+    queue = Queue([parse_service('A=127.0.0.1:1'), parse_service('B=127.0.0.1:1')], Log())
+    a, _ = queue.balancer.pools
+    a.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    now = time.monotonic()
+    a.service.turn(DOWN, 'its check: timeout', now)
+    for seconds, reason in (60, LATE), (0.1, REFUSED):
+        a.checker.grow(now + 2)
+        (check,) = a.checker.running
+        check.since, now = now + 2, now + 2 + seconds
+        a.checker.failed(check, ServiceFailure(reason, ''), now)
+    a.checker.grow(now + 4)
+    assert a.checker.running, 'the restart takes a moment, and the outage was long'
+
+
 def test_a_stopped_server_beside_another_has_a_check_that_waits_for_it_to_go_on() -> None:
     queue = Queue([parse_service('A=127.0.0.1:1:::2'), parse_service('B=127.0.0.1:1')], Log())
     a, _ = queue.balancer.pools
@@ -674,19 +691,38 @@ def test_the_last_connection_to_a_full_server_is_given_up_only_after_a_check_has
         assert (last.expires <= now) is (use == hapolicy_gevent.CHECKED)
 
 
+@pytest.mark.parametrize('full', [0, 1])
+def test_a_server_that_does_not_answer_much_mail_nor_a_check_is_stalled_after_a_moment_or_the_patience_of_a_message(
+    full: int,
+) -> None:  # fmt: skip
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    pool.service.answered_at, pool.service.tally.mean, pool.checker.full = now - 0.1, 0.001, full
+    pool.busy = {Connection(pool, now - 0.05): None for _ in range(hapolicy_gevent.CROWD)}
+    assert not pool.stalled(now), 'no check has asked it'
+    pool.checker.grow(now)
+    assert len(pool.checker.running) == 1
+    assert pool.stalled(now + 0.2) is (not full)
+    assert not pool.stalled(now + 0.2, 1), 'it may pause, and another one is the wrong greylist'
+    assert pool.stalled(now + 1.2, 1) is (not full), 'the check of a full one may wait for a child'
+    pool.service.check_answered(now, now + 0.1)
+    assert not pool.stalled(now + 1.2, 1)
+
+
 @pytest.mark.parametrize(('closed', 'state'), [(40, UP), (10, DOWN)])
 def test_a_check_that_waits_behind_those_that_were_closed_does_not_take_a_full_server_down(
     closed: int, state: str,
 ) -> None:  # fmt: skip
     """A child of the server works through them, as they are whole requests: 0.1 s each, here."""
     pool, now = pool_of('A=127.0.0.1:1:::2'), time.monotonic()
-    pool.service.answered_at, pool.checker.fastest = now, 0.1
+    pool.service.answered_at, pool.checker.fastest = now, 0.1 + hapolicy_gevent.QUIET
     for _ in range(closed):
         check = Connection(pool, now - 1)
         check.poll = select.poll().poll
         pool.checker.running[check] = gevent.Greenlet(lambda: None)
     pool.checker.stop()
     late = Connection(pool, now + 2)
+    late.poll = select.poll().poll
     pool.checker.running[late] = gevent.Greenlet(lambda: None)
     pool.checker.failed(late, ServiceFailure(LATE, 'no answer within 2s'), now + 4)
     assert pool.service.state is state, 'a server that hangs is down once it could have answered them'
