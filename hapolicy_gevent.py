@@ -1360,7 +1360,7 @@ class Checker:
         for check in [check for check in self.running if check not in but]:
             self.running.pop(check).kill(block=False)
             if check.poll is not None and not check.used and check.since < self.pool.service.heard_at:  # in the backlog
-                self._closed_until = max(self._closed_until, time.monotonic()) + max(0.0, self.fastest - QUIET)
+                self._closed_until = max(self._closed_until, time.monotonic()) + self.fastest
 
     def passed(self, check: Connection, said: str, now: float) -> None:
         """Take in a connection whose check was answered; what it said behind the answer decides how it is used."""
@@ -1409,6 +1409,7 @@ class Checker:
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # the service answers mail and no checks: it is alive
         elif reason is not UNREACHABLE and self._serves(check, reason):
+            self._closed_until += self.fastest if reason is LATE else 0.0  # the server has this one to answer, too
             self.found_full(f'{reason}, {failure}')
             pool.queue.hand_over(pool, now)
         elif (reason is not LATE  # a check that began before this one may still pass: the server may serve no more
