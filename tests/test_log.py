@@ -352,3 +352,19 @@ def test_lines_that_are_lost_are_counted_and_reported_when_lines_can_be_written_
     wait_until(lambda: gevent.sleep(0.01) or 'lost' in (tmp_path / 'log').read_text())  # type: ignore[func-returns-value]
     assert (tmp_path / 'log').read_text() == '[LOG info]: three\n[LOG warning]: 2 log lines were lost\n'
     os.close(fd)
+
+
+def test_i5_no_line_goes_to_stderr_where_that_is_the_client_also_with_listen() -> None:
+    near, far = socket.socketpair()
+    port = free_port()
+    command = [sys.executable, str(MODULE), f'--listen=127.0.0.1:{port}', '-s', 'A=127.0.0.1:1']
+    with near, subprocess.Popen(command, stdin=far.fileno(), stdout=far.fileno(), stderr=far.fileno()) as process:
+        far.close()
+
+        def listens() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(('127.0.0.1', port)) == 0
+
+        wait_until(listens)
+        process.terminate()
+        assert near.recv(1000) == b''
