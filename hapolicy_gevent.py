@@ -110,7 +110,7 @@ CONNECT_TIMEOUT = 5.0  #: seconds to connect, of a service's timeout: two lost S
 QUIET = 0.05  #: seconds of silence behind an answer that prove that no second one follows
 #: A connection that was used without a silence, for so many times what it needs of it, rests before its next use.
 REST_AFTER = 20
-CROWD = 10  #: mails sent since a service answered last, after which a check is to say whether it hangs
+CHECK_AFTER = 10  #: mails sent since a service answered last, after which a check is to say whether it hangs
 HOLD = 1.0  #: seconds for which a message holds the connection that answered it
 SPARE_IDLE = 2.0  #: seconds an idle connection is kept while another one is open: a server may have few workers
 ONCE = 60.0  #: seconds for which each connection carries one request, after a server sent more than an answer
@@ -442,10 +442,10 @@ class Service(Settings):
         if self.answered_at <= since and not (alone and crowded):
             self._mail_failed(LATE, alone, now)
 
-    def outdone(self, failure: ServiceFailure, now: float) -> None:
+    def outdone(self, failure: ServiceFailure, alone: bool, now: float) -> None:
         """Count a mail that failed here, and that another service answered: else the mail may be at fault."""
         # a late answer was counted when it was late; a check judges refusals; an answer since ends the row
-        if failure.reason in (DROPPED, INVALID) and failure.at > max(self.answered_at, self.since):
+        if not alone and failure.reason in (DROPPED, INVALID) and failure.at > max(self.answered_at, self.since):
             self._mail_failed(failure.reason, False, now)
 
     def _mail_failed(self, reason: str, alone: bool, now: float) -> None:
@@ -590,6 +590,10 @@ class Balancer:
             turns = itertools.cycle(one_cycle(pools))  # as they come: all those of 100 services would take 0.3 s
             self._rounds.append((functools.partial(itertools.islice, turns, number), pools))
 
+    def alone(self, service: Service) -> bool:
+        """Return whether no other service is up."""
+        return self.up == (service.state is UP)
+
     def choose(self, instance: bytes, tried: Collection[Pool], now: float, key: bytes = b'') -> Pool | None:
         """Return the pool that a request is to have a connection of; None if it may wait for any.
 
@@ -605,7 +609,7 @@ class Balancer:
             for pool in Sticky.order(key, pools) if key else turns():
                 if pool in tried or (now - pool.service.answered_at > QUIET and pool.stalled(now, moment)):
                     continue  # the comparison of times saves the call, nearly always under load
-                if (pool.idle and len(pool.busy) < pool.places) or pool.ready(now, patience):
+                if (pool.idle and len(pool.busy) < pool.places) or pool.ready(now, patience):  # saves the call
                     return pool
                 first_up = first_up or (pool if pool.service.state is UP else None)
             if first_up is not None:  # the next prio is for requests that have waited
@@ -627,9 +631,8 @@ class Balancer:
         admitting = [pool for pool in left if pool.admits(waited, now)]
         if not admitting and (self.up or any(pool.checker.restarts(now) for pool in pools)):
             admitting = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
-        moment = STICKY_PATIENCE if key else QUIET
-        prompt = [pool for pool in admitting if waited >= STALLED_PATIENCE or not pool.stalled(now, moment)]
-        answering = prompt or admitting
+        moment, takes_any = STICKY_PATIENCE if key else QUIET, waited >= STALLED_PATIENCE
+        answering = [pool for pool in admitting if takes_any or not pool.stalled(now, moment)] or admitting
         if waited >= (STICKY_PATIENCE if key else PATIENCE):
             return answering
         if first in answering:
@@ -1267,11 +1270,12 @@ class Checker:
     def __init__(self, pool: Pool, enabled: bool) -> None:
         self.pool, self.enabled = pool, enabled  # under spawn(8) enabled by the first failed mail
         self.running: dict[Connection, Any] = {}  # each check and its greenlet, the eldest first
-        #: Checks at once, or mails at once at a single-use service: fewer while the service is full.
+        #: Checks at once, or mails at once at a single-use service: few after one that was not served. At a full
+        #: service at least as many checks as connections that have ended.
         self.at_once = float(pool.service.max)
         self.full = 0  # how many connections the service served when it was found full; 0: it is not full
         self.heard_more = False  # more than an answer came to the last check: the server may speak before it is asked
-        self.reason = ''  # why the last check failed
+        self.reason = ''  # why the last check failed; LATE also where it was hung up on late
         #: Seconds of the last check that passed, and of the fastest since the service was down (0: none passed since).
         self.latest, self.fastest = math.inf, 0.0
         #: When the last check began, or a connection was given up after that; when the last failed check began.
@@ -1316,7 +1320,7 @@ class Checker:
                     and pool.use is CHECKED and not pool.open)
                 or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
                 or (ago > service.stall and pool.stalled(now))
-                or (not self.running and pool.crowded(now)))  # fmt: skip
+                or (not self.running and pool.overdue(now)))  # fmt: skip
 
     def grow(self, now: float, more: bool = False) -> None:
         """Start checks: one for each request that waits; one more if `more`, or if a check is due; one if down.
@@ -1377,7 +1381,7 @@ class Checker:
             self.began = now - UNHEARD + BACKOFF_FIRST  # once proves little: the next check is due soon
             pool.use = CHECKED
             pool.use_once()
-        elif pool.open >= (int(self.at_once) if single else self.full):  # else it took the place of one that ended
+        elif pool.open >= (int(self.at_once) if single else self.full):  # one more than before is served
             self.at_once = max(self.at_once, min(2 * self.at_once, pool.open + 1))
             # mail that meets the limit of a single-use server costs a retry: there it is full until it has shown more
             self.full = self.full if (single or pool.waiting) and self.at_once < pool.service.max else 0
@@ -1402,7 +1406,9 @@ class Checker:
         if reason not in JUDGED:  # a fault of ours
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
-            self.reason, service.late_at = why, now if why is LATE else service.late_at
+            self.reason = why
+            if why is LATE:
+                service.late_at = now
             pool.queue.balancer.update()
             for waiter in pool.waiting:  # each waited for this check, and chooses again
                 waiter.woken.set()
@@ -1421,11 +1427,9 @@ class Checker:
 
     def _serves(self, check: Connection, reason: str) -> bool:
         """Return whether the service serves other connections, though a check failed."""
-        heard = self.pool.service.heard_at - check.since
-        if reason is LATE and check.poll is None:  # no connection in time, while mail is under way: a full backlog?
-            return heard > 0 or any(mail.poll is not None for mail in self.pool.busy)
-        if reason is LATE:  # it may have waited behind those that we closed
-            return heard > 0 or check.since < self._closed_until
+        heard, busy = self.pool.service.heard_at - check.since, self.pool.busy
+        if reason is LATE:  # it may wait behind those that we closed; or for a connection, while mail fills the backlog
+            return heard > 0 or (check.since < self._closed_until if check.poll else any(mail.poll for mail in busy))
         # its connections may be closed by now, and others may have taken their places for a moment
         moment = GIVE_UP if self.full or reason is DROPPED else 0.0
         limited = self.pool.use is SINGLE_USE or (self.full > 0 and reason is DROPPED)
@@ -1443,11 +1447,10 @@ class Checker:
 
     def lower(self) -> None:
         """Allow fewer at once, as one more was not served: mails if the service is single use, else checks."""
-        busy = len(self.pool.busy)
         if self.pool.use is not SINGLE_USE:
             self.at_once = 1.0
-        elif busy:  # without other mail no limit can have been met
-            self.at_once = max(1.0, min(busy, self.at_once) - 1)
+        elif self.pool.busy:  # without other mail no limit can have been met
+            self.at_once = max(1.0, min(len(self.pool.busy), self.at_once) - 1)
 
     def found_full(self, why: str) -> None:
         """Record that the service serves no more connections than it does now."""
@@ -1537,9 +1540,9 @@ class Pool:
         """Return for how many seconds mail is in flight and none was answered; below 0 if there is none."""
         return now - max(self.service.answered_at, asked_first(self.busy))
 
-    def crowded(self, now: float) -> bool:
+    def overdue(self, now: float) -> bool:
         """Return whether much mail was sent since the service answered last, and an answer should have come by now."""
-        heard_at, last = self.service.heard_at, next(itertools.islice(reversed(self.busy), CROWD - 1, None), None)
+        heard_at, last = self.service.heard_at, next(itertools.islice(reversed(self.busy), CHECK_AFTER - 1, None), None)
         return last is not None and last.since > heard_at and now - heard_at > max(QUIET, 5 * self.service.tally.mean)
 
     def stalled(self, now: float, moment: float = QUIET) -> bool:
@@ -1548,7 +1551,7 @@ class Pool:
         Sooner, if much was sent, and a check had no answer within a moment, too (unless full), or has no room.
         """
         unchecked = self.room > 0 and now - asked_first(self.checker.running) < moment
-        return self.silence(now) > self.service.stall or (not unchecked and not self.checker.full and self.crowded(now))
+        return self.silence(now) > self.service.stall or (not unchecked and not self.checker.full and self.overdue(now))
 
     def _grows_first(self, now: float) -> bool:
         """Return whether a new connection may soon be there, and the others are held by messages that may ask more."""
@@ -1615,7 +1618,7 @@ class Pool:
         service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
         if self.busy.pop(connection, self) is None:  # else the service went down after the mail was sent
             failure.at = service.failed_at = now
-            alone = self.queue.balancer.up == (service.state is UP)
+            alone = self.queue.balancer.alone(service)
             if failure.reason is LATE:
                 service.mail_late(connection.since, alone, len(self.waiting) > 0, now)
             elif failure.reason in (REFUSED, UNREACHABLE) and not self.checker.enabled:
@@ -1708,8 +1711,8 @@ class Pool:
                 self.checker.full = 0  # nothing has met the limit lately
         for connection in [*self.idle, *self.held]:
             expired = now >= connection.expires
-            needed = connection.used > 1 and not (expired or self.open > 1 or self.checker.full)  # it answered mail
-            at_most = UNHEARD if needed else SPARE_IDLE
+            spare = expired or self.open > 1 or self.checker.full or connection.used < 2  # 1: its check, nearly always
+            at_most = SPARE_IDLE if spare else UNHEARD
             if now - connection.idle_since >= at_most or (expired and connection not in self.held):
                 self._close(connection)
 
@@ -1986,8 +1989,7 @@ class Proxy:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
             for failed, fault in failures.items():
-                if self._balancer.up > (failed.service.state is UP):  # it is not the last one that is up
-                    failed.service.outdone(fault, time.monotonic())
+                failed.service.outdone(fault, self._balancer.alone(failed.service), time.monotonic())
             return action, connection.pool.service, len(failures) + 1, f'answered after {fault.reason}'
         late = time.monotonic() >= deadline - (0 if failures else self._answer_time)
         reason = OUT_OF_TIME if late else ALL_FAILED if failures else NO_SERVICE
@@ -2150,9 +2152,9 @@ class Proxy:
             pool.prune(now)
             if pool.waiting:
                 self.queue.hand_over(pool, now)
-            if pool.silence(now) > service.stall:
+            if (silent := pool.silence(now)) > service.stall:
                 if service not in self.stalled:
-                    self.stalled[service] = now - self.silence(pool, now)
+                    self.stalled[service] = now - silent
                     pool.report(f'is stalled: {len(pool.busy)} requests in flight, no answer for {service.stall:g}s')
             elif service.heard_at > self.stalled.get(service, math.inf) + service.stall:
                 del self.stalled[service]

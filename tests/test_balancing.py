@@ -143,8 +143,10 @@ def test_on_trial_a_service_has_one_mail_at_a_time_and_some_where_no_other_is_up
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('sessions', 'pause'), [(9, 0.1), (40, 0.4)])
-def test_the_recipients_of_a_message_meet_the_connection_that_knows_it(sessions: int, pause: float) -> None:
+@pytest.mark.parametrize(('sessions', 'messages', 'pause'), [(9, 30, 0.1), (40, 10, 0.4)])
+def test_the_recipients_of_a_message_meet_the_connection_that_knows_it(
+    sessions: int, messages: int, pause: float,
+) -> None:  # fmt: skip
     seen: dict[str, set[int]] = {}
 
     def behave(peer: Peer, message: bytes) -> None:
@@ -155,16 +157,17 @@ def test_the_recipients_of_a_message_meet_the_connection_that_knows_it(sessions:
 
         def session(_: int) -> None:
             with proxy.client() as client:
-                for _ in range(10):
+                for _ in range(messages):
                     instance = new_instance()
                     for state in ('RCPT', 'RCPT', 'RCPT', 'DATA'):
                         client.ask(request(instance=instance, protocol_state=state))
                         time.sleep(random.random() * pause)
 
         session(0)
-        assert [len(peers) for peers in seen.values()] == [1] * 10
+        assert [len(peers) for peers in seen.values()] == [1] * messages
         in_threads(sessions, session)
     split = sum(len(peers) > 1 for peers in seen.values())
+    assert len(seen) == (sessions + 1) * messages
     assert split < 0.05 * len(seen), f'{split} of {len(seen)} messages met several connections'
 
 

@@ -29,17 +29,17 @@ def service() -> Service:
     return Service('a', Address(0, 'h', 1))
 
 
-def fail_and_be_outdone(one: Service, reason: str, at: float) -> None:
+def fail_and_be_outdone(one: Service, reason: str, at: float, alone: bool = False) -> None:
     failure = ServiceFailure(reason, '')
     failure.at = at
-    one.outdone(failure, at + 1)
+    one.outdone(failure, alone, at + 1)
 
 
 def fail(one: Service, reason: str, since: float = 0, alone: bool = False, crowded: bool = False) -> str:
     if reason is LATE:
         one.mail_late(since, alone, crowded, since + 1)
     else:
-        fail_and_be_outdone(one, reason, since + 1)
+        fail_and_be_outdone(one, reason, since + 1, alone)
     return one.state
 
 
@@ -61,9 +61,17 @@ def test_other_failures_take_it_down_after_fall_in_a_row_beside_another(reason: 
     assert one.state is UP
 
 
+@pytest.mark.parametrize('reason', [INVALID, DROPPED])
+def test_i9_the_last_service_is_never_taken_down_by_mail_that_makes_it_fail(reason: str) -> None:
+    one = service()
+    for _ in range(2000):
+        assert fail(one, reason, alone=True) is UP
+
+
 def test_late_answers_in_a_row_put_the_last_service_on_trial_and_one_answer_ends_it() -> None:
     one = service()
     assert fail(one, LATE, alone=True) is UP
+    assert fail(one, DROPPED, alone=True) is UP
     assert fail(one, LATE, alone=True) is TRIAL
     assert fail(one, LATE, alone=True) is TRIAL
     one.answered(b'DUNNO', 5 - 1, True, 5)

@@ -698,7 +698,7 @@ def test_a_server_that_does_not_answer_much_mail_nor_a_check_is_stalled_after_a_
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
     pool.service.answered_at, pool.service.tally.mean, pool.checker.full = now - 0.1, 0.001, full
-    pool.busy = {Connection(pool, now - 0.05): None for _ in range(hapolicy_gevent.CROWD)}
+    pool.busy = {Connection(pool, now - 0.05): None for _ in range(hapolicy_gevent.CHECK_AFTER)}
     assert not pool.stalled(now), 'no check has asked it'
     pool.checker.grow(now)
     assert len(pool.checker.running) == 1
