@@ -1555,7 +1555,8 @@ class Pool:
 
     def _grows_first(self, now: float) -> bool:
         """Return whether a new connection may soon be there, and the others are held by messages that may ask more."""
-        return now - next(iter(self.held)).idle_since < HOLD and self.checker.growing(now)
+        longest = max(PATIENCE, 2 * self.checker.latest)  # a server may start a process for each connection
+        return now - next(iter(self.held)).idle_since < HOLD and self.checker.growing(now, longest)
 
     def take(self, client: Client, now: float) -> Connection | None:
         """Return a silent connection, busy from now on; None if there is none.

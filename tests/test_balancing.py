@@ -22,8 +22,7 @@ from hapolicy_gevent import (
     Queue,
     Service,
 )
-from tests.servers import checked
-from tests.support import Peer, ProxyProcess, attributes, echo, in_threads, new_instance, request, stubs
+from tests.support import Peer, ProxyProcess, attributes, echo, in_threads, is_check, new_instance, request, stubs
 
 
 def balancing(*services: Service) -> tuple[Balancer, list[Pool]]:
@@ -143,17 +142,22 @@ def test_on_trial_a_service_has_one_mail_at_a_time_and_some_where_no_other_is_up
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('sessions', 'messages', 'pause'), [(9, 30, 0.1), (40, 10, 0.4)])
+@pytest.mark.parametrize(
+    ('sessions', 'messages', 'pause', 'start'), [(9, 30, 0.1, 0), (40, 10, 0.4, 0), (20, 8, 0.1, 0.3)]
+)
 def test_the_recipients_of_a_message_meet_the_connection_that_knows_it(
-    sessions: int, messages: int, pause: float,
+    sessions: int, messages: int, pause: float, start: float,
 ) -> None:  # fmt: skip
     seen: dict[str, set[int]] = {}
 
     def behave(peer: Peer, message: bytes) -> None:
-        seen.setdefault(attributes(message)['instance'], set()).add(id(peer))
+        if is_check(message):
+            time.sleep(start)  # of a process for each connection
+        else:
+            seen.setdefault(attributes(message)['instance'], set()).add(id(peer))
         echo(peer, message)
 
-    with stubs(checked(behave)) as (a,), ProxyProcess('-s', a.service) as proxy:
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy:
 
         def session(_: int) -> None:
             with proxy.client() as client:
