@@ -957,6 +957,35 @@ def test_another_check_is_made_beside_one_that_waits_long_unless_the_service_is_
         assert len(pool.checker.running) == 2, 'it serves us no more: the first one may have met a worker that hangs'
 
 
+def test_a_service_that_is_silent_with_a_mail_is_checked_before_its_timeout() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.busy[Connection(pool, now)] = None
+    pool.service.answered_at = pool.checker.began = now
+    assert not pool.checker.due(now + 4.9) and pool.checker.due(now + 5.1), '--stall is 5 s'
+
+
+def test_the_last_idle_connection_of_a_full_server_ends_soon() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    connection = Connection(pool, now)
+    connection.used = 3
+    for full in 0, 1:
+        pool.idle, pool.checker.full = [connection], full
+        pool.prune(now + 3)
+        assert len(pool.idle) == 1 - full, 'another user may wait for the only child'
+
+
+def test_a_check_that_is_answered_counts_as_served_before_it_has_passed() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    answered = Connection(pool, now)
+    answered.used = 1
+    pool.checker.running[answered] = None
+    pool.checker.found_full('no answer')
+    assert (pool.checker.full, pool.checker.at_once) == (0, 1), 'it serves one more than are open'
+    pool.checker.running.clear()
+    pool.checker.found_full('no answer')
+    assert pool.checker.full == 1
+
+
 def test_checks_that_nobody_waits_for_any_more_are_closed_but_for_the_first() -> None:
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
