@@ -140,9 +140,10 @@ MAX_INSTANCE = 128  #: bytes of an instance that is remembered; Postfix's have a
 LINGER = 1.0
 RESERVED, MIN_DEADLINE = 0.005, 0.1  #: seconds of --deadline reserved for the default action; the shortest --deadline
 ANSWER_PART = 0.2  #: the part of --deadline in which a request no longer waits for a connection, at most
-#: Seconds that a request waits for the service it was balanced to, before it may go to another one; the same with
-#: --sticky, where another greylist would defer it; and before it may go to a service that a slow message has stalled.
-PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = 0.1, 1.0, 1.0
+#: Seconds that a request waits for a new connection, before it takes one that another message holds; for the service
+#: it was balanced to, before it may go to another one; the same with --sticky, where another greylist would defer it;
+#: and before it may go to a service that a slow message has stalled.
+GROWTH_PATIENCE, PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = PATIENCES = 0.08, 0.1, 1.0, 1.0
 #: Bytes of an attribute that are logged, and that count with --sticky; values whose part that counts is cached.
 MAX_VALUE, MAX_VALUES = 320, 4096
 
@@ -403,10 +404,6 @@ class Service(Settings):
 
     #: Is called with the service, a text for the log and `now` when the state changes.
     changed: Callable[[Service, str, float], None] = staticmethod(lambda service, text, now: None)
-
-    def start(self, changed: Callable[[Service, str, float], None], now: float) -> None:
-        """Begin to be used: it is up until mail or a check says otherwise."""
-        self.changed, self.since, self.state, self.in_a_row = changed, now, UP, 0  # instance attributes are faster
 
     @property
     def heard_at(self) -> float:
@@ -1553,10 +1550,12 @@ class Pool:
         unchecked = self.room > 0 and now - asked_first(self.checker.running) < moment
         return self.silence(now) > self.service.stall or (not unchecked and not self.checker.full and self.overdue(now))
 
-    def _grows_first(self, now: float) -> bool:
-        """Return whether a new connection may soon be there, and the others are held by messages that may ask more."""
-        longest = max(PATIENCE, 2 * self.checker.latest)  # a server may start a process for each connection
-        return now - next(iter(self.held)).idle_since < HOLD and self.checker.growing(now, longest)
+    def _grows_first(self, client: Client, now: float) -> bool:
+        """Return whether a request had better wait for a new connection: messages that may ask more hold the others."""
+        slow = min(HOLD, 2 * self.checker.latest)  # it may start a process for each connection
+        longest = max(GROWTH_PATIENCE, slow if self.queue.balancer.alone(self.service) else 0.0)
+        wait = now - client.asked < longest and now - next(iter(self.held)).idle_since < HOLD
+        return wait and self.checker.growing(now, longest)
 
     def take(self, client: Client, now: float) -> Connection | None:
         """Return a silent connection, busy from now on; None if there is none.
@@ -1571,7 +1570,7 @@ class Pool:
                 del self.held[own]
             elif self.idle and now - self.idle[-1].silent_at <= REST_AFTER * QUIET:  # nearly always: it needs no rest
                 connection = self.idle.pop()
-            elif self.idle or (self.held and not self._grows_first(now)):
+            elif self.idle or (self.held and not self._grows_first(client, now)):
                 unused = itertools.chain(reversed(self.idle), self.held)
                 longest_idle = next(iter(self.idle or self.held))
                 connection = next((each for each in unused if not each.needs_rest(now)), longest_idle)
@@ -1755,7 +1754,7 @@ class Queue:
         self.pools = {service: Pool(service, self, checked) for service in services}
         self.balancer = Balancer(self.pools.values())
         for service in services:
-            service.start(self.changed, time.monotonic())
+            service.changed, service.since = self.changed, time.monotonic()
 
     def wait(self, client: Client, first: Pool | None, tried: Collection[Pool], deadline: float,
              since: float) -> Connection | None:  # fmt: skip
@@ -1765,7 +1764,7 @@ class Queue:
             while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now, client.key)):
                 self._join(waiter, pools, now)
                 if waiter.connection is None:
-                    ends = [since + each for each in (PATIENCE, TRIAL_PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE)]
+                    ends = [since + each for each in (*PATIENCES, TRIAL_PATIENCE)]
                     waiter.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
                 if waiter.connection is not None:
                     if waiter.connection in waiter.connection.pool.busy:
