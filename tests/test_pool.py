@@ -986,6 +986,20 @@ def test_a_check_that_is_answered_counts_as_served_before_it_has_passed() -> Non
     assert pool.checker.full == 1
 
 
+@pytest.mark.parametrize(('running', 'full', 'at_once'), [(2, 1, 6), (3, 5, 1)])
+def test_a_full_service_that_has_grown_is_found_full_anew_where_several_checks_wait(
+    running: int, full: int, at_once: int,
+) -> None:  # fmt: skip
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    pool.checker.full, pool.checker.at_once = 1, 6.0
+    pool.idle = [Connection(pool, now) for _ in range(5)]
+    pool.checker.running = {Connection(pool, now): gevent.Greenlet(lambda: None) for _ in range(running)}
+    pool.service.newest = now + 1.1 * hapolicy_gevent.UNANSWERED
+    pool.checker.watch(pool.service.newest)
+    assert (pool.checker.full, pool.checker.at_once) == (full, at_once), 'others wait behind its checks'
+
+
 def test_checks_that_nobody_waits_for_any_more_are_closed_but_for_the_first() -> None:
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
