@@ -32,7 +32,6 @@ from tests.support import (
     new_instance,
     request,
     stubs,
-    wait_until,
 )
 
 
@@ -184,29 +183,6 @@ def test_the_recipients_of_a_message_meet_the_connection_that_knows_it(
     split = sum(len(peers) > 1 for peers in seen.values())
     assert len(seen) == (sessions + 1) * messages
     assert split < 0.05 * len(seen), f'{split} of {len(seen)} messages met several connections'
-
-
-@pytest.mark.slow
-def test_messages_whose_server_grows_slowly_do_not_go_to_the_backup() -> None:
-    def behave(peer: Peer, message: bytes) -> None:
-        time.sleep(0.3 if is_check(message) else 0)  # it starts a process for each connection
-        echo(peer, message)
-
-    with stubs(behave, echo) as (a, b), ProxyProcess('-s', a.service, '-s', b.service + ':20') as proxy:
-        with proxy.client() as first:
-            wait_until(lambda: first.ask_own() == 'A')
-        b.requests.clear()
-
-        def session(_: int) -> None:
-            with proxy.client() as client:
-                for _ in range(10):
-                    instance = new_instance()
-                    for state in ('RCPT', 'RCPT', 'RCPT', 'DATA'):
-                        client.ask(request(instance=instance, protocol_state=state))
-                        time.sleep(random.random() * 0.2)
-
-        in_threads(12, session)
-        assert len(b.requests) == 0, f'{len(b.requests)} of 480 met the greylist of the backup'
 
 
 def test_a_message_spread_over_client_connections_goes_to_one_service() -> None:

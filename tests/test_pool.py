@@ -343,9 +343,8 @@ def test_a_request_that_is_sent_again_waits_long_for_a_full_server_only_where_no
     with full as a, PolicyServerStub(name='B') as b:
         further = ['-s', b.service + ':20'] if others else []
         with ProxyProcess('-s', a.service, *further) as proxy, proxy.client(60) as held, proxy.client(60) as client:
-            while 'is full' not in proxy.log:
+            while 'is full' not in proxy.log or a.open != 2:
                 ask_all(proxy, 8, 1)
-            wait_until(lambda: a.open == 2, what='two connections')
             held.send(request(sender='slow', instance=new_instance()))
             wait_until(lambda: b'sender=slow\n' in b''.join(a.requests))
             began = time.monotonic()
@@ -937,6 +936,24 @@ def test_a_service_on_trial_is_not_chosen_for_its_idle_connection_while_its_plac
         pool.idle, pool.service.answered_at = [Connection(pool, now)], now
     b.busy[Connection(b, now)] = None
     assert {b.queue.balancer.choose(b'', (), now) for _ in range(10)} == {a}
+
+
+@pytest.mark.parametrize(
+    ('others', 'check', 'longest'), [(True, 0.3, 0.09), (False, 0.06, 0.13), (False, 0.3, 0.61), (False, 9, 1)]
+)
+def test_a_message_waits_for_a_new_connection_before_it_takes_one_that_another_message_holds(
+    others: bool, check: float, longest: float,
+) -> None:  # fmt: skip
+    services = [parse_service(f'{name}=127.0.0.1:1') for name in ('A', 'B') if others or name == 'A']
+    pool = Queue(services, Log()).pools[services[0]]
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    near, far = socket.socketpair()
+    with far, contextlib.closing(Client(near)) as client:
+        now = client.asked
+        pool.held, pool.checker.latest = {Connection(pool, now): None}, check
+        pool.checker.running = {Connection(pool, now): None}
+        assert pool.take(client, now + longest - 0.02) is None
+        assert pool.take(client, now + longest) is not None, 'before it may go to another service'
 
 
 @pytest.mark.parametrize('full', [0, 1])
