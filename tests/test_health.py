@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 
+import gevent
 import pytest
 
 from hapolicy_gevent import (
@@ -19,9 +21,15 @@ from hapolicy_gevent import (
     UNREACHABLE,
     UP,
     Address,
+    Client,
+    Connection,
+    Log,
+    Queue,
     Service,
     ServiceFailure,
+    Waiter,
     connect_failure,
+    parse_service,
 )
 
 
@@ -29,17 +37,10 @@ def service() -> Service:
     return Service('a', Address(0, 'h', 1))
 
 
-def fail_and_be_outdone(one: Service, reason: str, at: float, alone: bool = False) -> None:
+def fail(one: Service, reason: str, at: float = 1, alone: bool = False) -> str:
     failure = ServiceFailure(reason, '')
     failure.at = at
-    one.outdone(failure, alone, at + 1)
-
-
-def fail(one: Service, reason: str, since: float = 0, alone: bool = False, crowded: bool = False) -> str:
-    if reason is LATE:
-        one.mail_late(since, alone, crowded, since + 1)
-    else:
-        fail_and_be_outdone(one, reason, since + 1, alone)
+    one.blame(failure, alone, at + 1)
     return one.state
 
 
@@ -78,21 +79,49 @@ def test_late_answers_in_a_row_put_the_last_service_on_trial_and_one_answer_ends
     assert one.state is UP and not one.blamed
 
 
-def test_i9_late_answers_say_nothing_while_others_are_answered_or_wait_for_a_place() -> None:
+def test_i9_late_answers_say_nothing_while_others_are_answered() -> None:
     one = service()
     one.answered(b'DUNNO', 1.5 - 1, True, 1.5)
     for _ in range(5):
         assert fail(one, LATE, 1) is UP
-        assert fail(one, LATE, 2, alone=True, crowded=True) is UP
+        assert fail(one, LATE, 1, alone=True) is UP
     assert fail(one, LATE, 2) is UP
     assert fail(one, LATE, 2) is DOWN, 'nobody was answered since these were sent'
 
 
-@pytest.mark.parametrize('reason', [REFUSED, LATE, DEADLINE, DESCRIPTORS])
+def test_a_failure_counts_once_though_another_service_answers_after_it_was_late() -> None:
+    one, failure = service(), ServiceFailure(LATE, '')
+    failure.at = 1
+    for alone in (True, False, False):
+        one.blame(failure, alone, 2)
+    assert one.state is UP and one.in_a_row == 1
+
+
+@pytest.mark.parametrize(
+    ('waiting', 'answered', 'state'), [(False, 0, TRIAL), (True, 0, TRIAL), (True, 9, UP), (False, 9, TRIAL)]
+)
+def test_late_answers_of_the_last_service_count_where_others_wait_if_nothing_is_answered_for_long(
+    waiting: bool, answered: float, state: str,
+) -> None:  # fmt: skip
+    queue, began = Queue([parse_service('A=127.0.0.1:1:::5')], Log()), time.monotonic()
+    (pool,) = queue.pools.values()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    pool.service.since, pool.service.answered_at = began, began + answered
+    if waiting:
+        pool.waiting.append(Waiter(Client(socket.socketpair()[0])))
+        pool.places = 0
+    for _ in range(2):
+        connection = Connection(pool, began + 9.5)
+        pool.busy[connection] = None
+        pool.failed(connection, ServiceFailure(LATE, 'no answer within 5s'), began + 14.5)
+    assert pool.service.state == state, 'strangers may send slow messages, but not keep all others from an answer'
+
+
+@pytest.mark.parametrize('reason', [REFUSED, DEADLINE, DESCRIPTORS])
 def test_what_is_judged_otherwise_or_not_its_fault_is_no_failure_that_another_outdoes(reason: str) -> None:
     one = service()
     for _ in range(10):
-        fail_and_be_outdone(one, reason, 1)
+        fail(one, reason, 1)
     assert one.state is UP
 
 
@@ -102,7 +131,7 @@ def test_a_hang_up_before_an_answer_or_before_the_service_went_down_is_no_failur
     one.answered(b'DUNNO', 4, True, 4)
     one.since = 4
     for _ in range(3):
-        fail_and_be_outdone(one, DROPPED, at)
+        fail(one, DROPPED, at)
     assert one.state is (DOWN if at > 4 else UP), 'the sender of slow mail chooses when another service answers it'
 
 
