@@ -1985,8 +1985,7 @@ class Proxy:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
             for failed, fault in failures.items():
-                if not self._balancer.alone(failed.service):
-                    failed.service.blame(fault, False, time.monotonic())
+                failed.service.blame(fault, self._balancer.alone(failed.service), time.monotonic())
             return action, connection.pool.service, len(failures) + 1, f'answered after {fault.reason}'
         late = time.monotonic() >= deadline - (0 if failures else self._answer_time)
         reason = OUT_OF_TIME if late else ALL_FAILED if failures else NO_SERVICE
@@ -2184,8 +2183,10 @@ class Proxy:
         return [now - client.asked for client in self.clients if not client._waits]  # else for its next request
 
     def silence(self, pool: Pool, now: float) -> float:
-        """Return for how many seconds a service with mail in flight, or a stalled one, has not answered; else 0."""
-        return now - self.stalled[pool.service] if pool.service in self.stalled else max(0.0, pool.silence(now))
+        """Return for how many seconds a service has not answered mail in flight, or a check (unless full); else 0."""
+        check = math.inf if pool.checker.full else asked_first(pool.checker.running)
+        stalled = self.stalled.get(pool.service, now)  # until it answers, though its queries have failed
+        return max(pool.silence(now), now - max(pool.service.heard_at, check), now - stalled)
 
 
 # --- Status endpoint. What only it needs is imported when it starts: under spawn(8) nobody pays for it. --------------
@@ -2247,9 +2248,8 @@ class Status:
     def _health(self) -> tuple[str, str, bytes]:
         """Return the answer to /health: whether new clients should be sent here, and why not."""
         headline = self.data()['headline']
-        bad = headline['level'] == 'bad' or self._proxy.draining
-        text = 'ok' if headline['level'] == 'ok' and not bad else headline['text']
-        return '503 Service Unavailable' if bad else '200 OK', 'text/plain', f'{text}\n'.encode()
+        code = '503 Service Unavailable' if headline['level'] == 'bad' or self._proxy.draining else '200 OK'
+        return code, 'text/plain', f'{"ok" if headline["level"] == "ok" else headline["text"]}\n'.encode()
 
     # -- HTTP
 

@@ -22,6 +22,7 @@ from hapolicy_gevent import (
     STATUS_PAGE,
     Connection,
     Log,
+    Proxy,
     Queue,
     Tally,
     buckets,
@@ -222,6 +223,16 @@ def test_what_waits_is_told_within_seconds_and_quantiles_count_it() -> None:
             assert found['hapolicy_in_flight', ()] == early['in_flight']
             assert found['hapolicy_oldest_request_seconds', ()] > 5 < found['hapolicy_service_silent_seconds', ('A',)]
             assert found['hapolicy_service_p99_seconds', ('A',)] > 5 > found['hapolicy_service_p99_seconds', ('B',)]
+
+
+@pytest.mark.parametrize(('full', 'heard', 'silent'), [(0, 40, 5), (0, 3, 3), (1, 40, 0)])
+def test_a_service_that_hangs_is_silent_where_no_mail_flows_but_a_check(full: int, heard: float, silent: float) -> None:
+    proxy, now = Proxy([parse_service('A=127.0.0.1:1')], b'', b'', 90, Log()), time.monotonic()
+    (pool,) = proxy.pools.values()
+    pool.service.checked_at, pool.checker.full = now - heard, full
+    assert proxy.silence(pool, now) == 0
+    pool.checker.running[Connection(pool, now - 5)] = None
+    assert proxy.silence(pool, now) == pytest.approx(silent), 'a check may wait for a child of a full one'
 
 
 def test_a_failed_query_counts_with_its_time_and_its_reason_is_kept() -> None:
