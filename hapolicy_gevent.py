@@ -111,8 +111,7 @@ CONNECT_TIMEOUT = 5.0  #: seconds to connect, of a service's timeout: two lost S
 QUIET = 0.05  #: seconds of silence behind an answer that prove that no second one follows
 #: A connection that was used without a silence, for so many times what it needs of it, rests before its next use.
 REST_AFTER = 20
-#: Mails sent since a service answered mail, and seconds since then, after which it may be stalled before --stall.
-STALL_MAILS, STALL_MOMENT = 10, 0.07
+STALL_MAILS = 10  #: mails sent since a service answered mail, after which it may be stalled before --stall
 HOLD = 1.0  #: seconds for which a message holds the connection that answered it
 SPARE_IDLE = 2.0  #: seconds an idle connection is kept while another one is open: a server may have few workers
 ONCE = 60.0  #: seconds for which each connection carries one request, after a server sent more than an answer
@@ -596,7 +595,7 @@ class Balancer:
         bound = None if key else self.bound.get(instance)  # an empty instance is not in the table
         if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
             return bound
-        patience, moment = (STICKY_PATIENCE, STICKY_PATIENCE) if key else (PATIENCE, STALL_MOMENT)
+        patience, moment = (STICKY_PATIENCE, STICKY_PATIENCE) if key else (PATIENCE, QUIET)
         for turns, pools in self._rounds:
             first_up: Pool | None = None
             for pool in Sticky.order(key, pools) if key else turns():
@@ -624,7 +623,7 @@ class Balancer:
         admitting = [pool for pool in left if pool.admits(waited, now)]
         if not admitting and (self.up or any(pool.checker.restarts(now) for pool in pools)):
             admitting = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
-        moment, takes_any = STICKY_PATIENCE if key else STALL_MOMENT, waited >= STALLED_PATIENCE
+        moment, takes_any = STICKY_PATIENCE if key else QUIET, waited >= STALLED_PATIENCE
         answering = [pool for pool in admitting if takes_any or not pool.stalled(now, moment)] or admitting
         if waited >= (STICKY_PATIENCE if key else PATIENCE):
             return answering
@@ -1532,16 +1531,16 @@ class Pool:
         """Return for how many seconds mail is in flight and none was answered; below 0 if there is none."""
         return now - max(self.service.answered_at, asked_first(self.busy))
 
-    def stalled(self, now: float, moment: float = STALL_MOMENT) -> bool:
+    def stalled(self, now: float, moment: float = QUIET) -> bool:
         """Return whether mail is in flight and none was answered for `stall` seconds.
 
-        After a moment if much mail was sent meanwhile; then one more mail may try it each time the silence has doubled.
+        After a moment if much mail was sent meanwhile; a mail tries it again each time that lasts four times as long.
         """
         silent, last = self.silence(now), next(itertools.islice(reversed(self.busy), STALL_MAILS - 1, None), None)
         if silent > self.service.stall or last is None or last.since < self.service.answered_at:
             return silent > self.service.stall
         tried = now - next(reversed(self.busy)).since
-        return silent > max(moment, 5 * self.service.tally.mean, 2 * tried)
+        return silent > max(moment, 5 * self.service.tally.mean, 4 * tried / 3)
 
     def _grows_first(self, client: Client, now: float) -> bool:
         """Return whether a request had better wait for a new connection: messages that may ask more hold the others."""

@@ -691,7 +691,7 @@ def test_the_last_connection_to_a_full_server_is_given_up_only_after_a_check_has
         assert (last.expires <= now) is (use == hapolicy_gevent.CHECKED)
 
 
-def test_a_server_that_does_not_answer_much_mail_is_stalled_and_tried_each_time_its_silence_has_doubled() -> None:
+def test_a_server_that_does_not_answer_much_mail_is_stalled_and_tried_now_and_then() -> None:
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.service.answered_at, pool.service.tally.mean = now - 60, 0.001
     pool.busy = {Connection(pool, now): None for _ in range(hapolicy_gevent.STALL_MAILS)}
@@ -701,8 +701,8 @@ def test_a_server_that_does_not_answer_much_mail_is_stalled_and_tried_each_time_
         if not pool.stalled(now + ms / 1000):
             pool.busy[Connection(pool, now + ms / 1000)] = None
             tries.append(ms)
-    assert tries[:3] == [20, 40, 60] and 5 <= len(tries[3:]) <= 6, tries
-    assert all(b >= 2 * a for a, b in itertools.pairwise(tries[2:])), tries
+    assert tries[:2] == [20, 40] and len(tries[2:]) == 3, tries
+    assert all(b > 3.9 * a for a, b in itertools.pairwise(tries[1:])), tries
     assert not pool.stalled(now + 0.5, 1), 'it may pause, and another one is the wrong greylist'
     pool.service.answered_at = now + 3.85
     assert not pool.stalled(now + 4.1), 'the others are slow'
