@@ -1534,13 +1534,13 @@ class Pool:
     def stalled(self, now: float, moment: float = QUIET) -> bool:
         """Return whether mail is in flight and none was answered for `stall` seconds.
 
-        After a moment if much mail was sent meanwhile; a mail tries it again each time that lasts four times as long.
+        After a moment if much mail was sent meanwhile: a mail tries it again each time that lasts four times as long.
         """
-        silent, last = self.silence(now), next(itertools.islice(reversed(self.busy), STALL_MAILS - 1, None), None)
-        if silent > self.service.stall or last is None or last.since < self.service.answered_at:
+        silent, latest = self.silence(now), [*itertools.islice(reversed(self.busy), STALL_MAILS)]
+        if len(latest) < STALL_MAILS or latest[-1].since < self.service.answered_at:
             return silent > self.service.stall
-        tried = now - next(reversed(self.busy)).since
-        return silent > max(moment, 5 * self.service.tally.mean, 4 * tried / 3)
+        again = 4 / 3 * (now - latest[0].since)
+        return silent > min(self.service.stall, max(moment, 5 * self.service.tally.mean, again))
 
     def _grows_first(self, client: Client, now: float) -> bool:
         """Return whether a request had better wait for a new connection: messages that may ask more hold the others."""
