@@ -111,7 +111,7 @@ CONNECT_TIMEOUT = 5.0  #: seconds to connect, of a service's timeout: two lost S
 QUIET = 0.05  #: seconds of silence behind an answer that prove that no second one follows
 #: A connection that was used without a silence, for so many times what it needs of it, rests before its next use.
 REST_AFTER = 20
-STALL_MAILS = 10  #: mails sent since a service answered mail, after which it may be stalled before --stall
+CHECK_AFTER = 10  #: mails sent since a service answered last, after which a check is to say whether it hangs
 HOLD = 1.0  #: seconds for which a message holds the connection that answered it
 SPARE_IDLE = 2.0  #: seconds an idle connection is kept while another one is open: a server may have few workers
 ONCE = 60.0  #: seconds for which each connection carries one request, after a server sent more than an answer
@@ -436,7 +436,7 @@ class Service(Settings):
                 self.in_a_row = 0
 
     def blame(self, failure: ServiceFailure, alone: bool, now: float) -> None:
-        """Count a mail that failed here, and that another service answered: else the mail may be at fault.
+        """Count a mail that was late, or that failed otherwise and was answered elsewhere: else it may be at fault.
 
         Too many in a row take the service down. If it is the last one that is up, late ones put it on trial.
         """
@@ -445,9 +445,8 @@ class Service(Settings):
         if counts and (self.state is UP or (self.state is TRIAL and not alone)):
             failure.at, self.in_a_row = -math.inf, self.in_a_row + 1  # a failure counts once
             if self.in_a_row >= self.fall or self.state is TRIAL:
-                why = f'mail failed {self.in_a_row} times in a row, the last: {failure.reason}'
-                self.blamed = True
-                self.turn(TRIAL if alone else DOWN, why, now)
+                self.blamed, state = True, TRIAL if alone else DOWN
+                self.turn(state, f'mail failed {self.in_a_row} times in a row, the last: {failure.reason}', now)
 
     def turn(self, state: str, why: str, now: float) -> None:
         """Change the state, and report it."""
@@ -1311,7 +1310,8 @@ class Checker:
                 or (ago > BACKOFF_FIRST and now < service.answered_at + UNHEARD  # the last connection ended
                     and pool.use is CHECKED and not pool.open)
                 or (ago > UNHEARD and (now - service.heard_at > UNHEARD or pool.use is not CHECKED))
-                or (ago > service.stall and pool.stalled(now)))  # fmt: skip
+                or (ago > service.stall and pool.stalled(now))
+                or (not self.running and pool.overdue(now)))  # fmt: skip
 
     def grow(self, now: float, more: bool = False) -> None:
         """Start checks: one for each request that waits; one more if `more`, or if a check is due; one if down.
@@ -1531,21 +1531,23 @@ class Pool:
         """Return for how many seconds mail is in flight and none was answered; below 0 if there is none."""
         return now - max(self.service.answered_at, asked_first(self.busy))
 
+    def overdue(self, now: float) -> bool:
+        """Return whether much mail was sent since the service answered last, and an answer should have come by now."""
+        heard_at, last = self.service.heard_at, next(itertools.islice(reversed(self.busy), CHECK_AFTER - 1, None), None)
+        return last is not None and last.since > heard_at and now - heard_at > max(QUIET, 5 * self.service.tally.mean)
+
     def stalled(self, now: float, moment: float = QUIET) -> bool:
         """Return whether mail is in flight and none was answered for `stall` seconds.
 
-        After a moment if much mail was sent meanwhile: a mail tries it again each time that lasts four times as long.
+        Sooner, if much was sent, and a check had no answer within a moment, too (unless full), or has no room.
         """
-        silent, latest = self.silence(now), [*itertools.islice(reversed(self.busy), STALL_MAILS)]
-        if len(latest) < STALL_MAILS or latest[-1].since < self.service.answered_at:
-            return silent > self.service.stall
-        again = 4 / 3 * (now - latest[0].since)
-        return silent > min(self.service.stall, max(moment, 5 * self.service.tally.mean, again))
+        unchecked = self.room > 0 and now - asked_first(self.checker.running) < moment
+        return self.silence(now) > self.service.stall or (not unchecked and not self.checker.full and self.overdue(now))
 
     def _grows_first(self, client: Client, now: float) -> bool:
         """Return whether a request had better wait for a new connection: messages that may ask more hold the others."""
-        slow = min(HOLD, 2 * self.checker.latest)  # it may start a process for each connection
-        longest = max(GROWTH_PATIENCE, slow if self.queue.balancer.alone(self.service) else 0.0)
+        # alone: each check may start a process, and nobody else is there
+        longest = max(GROWTH_PATIENCE, self.queue.balancer.alone(self.service) and min(HOLD, 2 * self.checker.latest))
         wait = now - client.asked < longest and now - next(iter(self.held)).idle_since < HOLD
         return wait and self.checker.growing(now, longest)
 
@@ -1596,8 +1598,9 @@ class Pool:
         connection.idle_since, connection.quiet_at = now, now + (quiet if quiet < most else most)
         keep = reuse and current and not connection.spent
         if self.use is not CHECKED:
-            # a mail that waits long may lie on a connection that nobody reads: the server has few workers
-            keep = keep and self.use is UNCHECKED and self.once_until < now < asked_first(self.busy) + UNANSWERED
+            # a mail that waits long on a new connection may lie there unread: the server has few workers
+            keep = (keep and self.use is UNCHECKED and now > self.once_until
+                    and not any(not each.used and now - each.since > UNANSWERED for each in self.busy))  # fmt: skip
             if self.use is SINGLE_USE and not self.checker.full:  # if it is full, one more for each passed check
                 self.checker.at_once = min(self.checker.at_once + 1 / self.checker.at_once, self.service.max)
         if connection.spent is SURPLUS and current:
@@ -1613,9 +1616,9 @@ class Pool:
             failure.at, service.failed_at = connection.since if failure.reason is LATE else now, now
             alone = self.queue.balancer.alone(service)
             # strangers' slow messages may hold all places that others wait for; but all the time without an answer?
-            crowded = self.waiting and now - max(service.answered_at, service.since) < 2 * service.timeout
-            if alone and not crowded:
-                service.blame(failure, True, now)
+            crowded = bool(self.waiting) and now - max(service.answered_at, service.since) < 2 * service.timeout
+            if failure.reason is LATE and not (alone and crowded):
+                service.blame(failure, alone, now)
             if failure.reason in (REFUSED, UNREACHABLE) and not self.checker.enabled:
                 service.turn(DOWN, failure.reason, now)  # so that this mail gets --default, not --failed
             self.checker.enabled = True  # under spawn(8), too
@@ -1977,7 +1980,8 @@ class Proxy:
             try:
                 action = self._query(connection, request, client, deadline, failures)
             except ServiceFailure as failure:
-                failures[connection.pool], now = failure, time.monotonic()
+                # its frames, which hold the request, would stay until the next collection
+                failures[connection.pool], now = failure.with_traceback(None), time.monotonic()
                 continue
             self.statistics.answers += 1
             if not failures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 import select
 import socket
@@ -691,33 +690,22 @@ def test_the_last_connection_to_a_full_server_is_given_up_only_after_a_check_has
         assert (last.expires <= now) is (use == hapolicy_gevent.CHECKED)
 
 
-def test_a_server_that_does_not_answer_much_mail_is_stalled_and_tried_now_and_then() -> None:
-    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
-    pool.service.answered_at, pool.service.tally.mean = now - 60, 0.001
-    pool.busy = {Connection(pool, now): None for _ in range(hapolicy_gevent.STALL_MAILS)}
-    assert not pool.stalled(now + 0.01), 'a burst after a pause is no silence'
-    tries = []
-    for ms in range(20, 4000, 20):
-        if not pool.stalled(now + ms / 1000):
-            pool.busy[Connection(pool, now + ms / 1000)] = None
-            tries.append(ms)
-    assert tries[:2] == [20, 40] and len(tries[2:]) == 3, tries
-    assert all(b > 3.9 * a for a, b in itertools.pairwise(tries[1:])), tries
-    assert not pool.stalled(now + 0.5, 1), 'it may pause, and another one is the wrong greylist'
-    pool.service.answered_at = now + 3.85
-    assert not pool.stalled(now + 4.1), 'the others are slow'
-
-
-@pytest.mark.parametrize(
-    ('silent', 'mean', 'mails', 'stalled'), [(0.3, 0.05, 12, True), (0.3, 0.1, 12, False), (0.3, 0.05, 9, False)]
-)
-def test_a_service_is_not_stalled_sooner_for_few_mails_or_answers_that_take_long(
-    silent: float, mean: float, mails: int, stalled: bool,
+@pytest.mark.parametrize('full', [0, 1])
+def test_a_server_that_does_not_answer_much_mail_nor_a_check_is_stalled_after_a_moment_or_the_patience_of_a_message(
+    full: int,
 ) -> None:  # fmt: skip
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
-    pool.service.tally.mean = mean
-    pool.busy = {Connection(pool, now - silent + 0.25 * (number == mails - 1)): None for number in range(mails)}
-    assert pool.stalled(now) is stalled
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    pool.service.answered_at, pool.service.tally.mean, pool.checker.full = now - 0.1, 0.001, full
+    pool.busy = {Connection(pool, now - 0.05): None for _ in range(hapolicy_gevent.CHECK_AFTER)}
+    assert not pool.stalled(now), 'no check has asked it'
+    pool.checker.grow(now)
+    assert len(pool.checker.running) == 1
+    assert pool.stalled(now + 0.2) is (not full)
+    assert not pool.stalled(now + 0.2, 1), 'it may pause, and another one is the wrong greylist'
+    assert pool.stalled(now + 1.2, 1) is (not full), 'the check of a full one may wait for a child'
+    pool.service.check_answered(now, now + 0.1)
+    assert not pool.stalled(now + 1.2, 1)
 
 
 @pytest.mark.parametrize(('closed', 'state'), [(40, UP), (10, DOWN)])
@@ -1043,11 +1031,14 @@ def test_checks_that_nobody_waits_for_any_more_are_closed_but_for_the_first() ->
     assert [*pool.checker.running] == [first], 'they would keep children of the server from mail'
 
 
-@pytest.mark.parametrize(('waits', 'kept'), [(0.9, True), (1.1, False)])
-def test_a_connection_without_checks_ends_where_another_mail_may_lie_unread(waits: float, kept: bool) -> None:
+@pytest.mark.parametrize(('waits', 'used', 'kept'), [(0.9, 0, True), (1.1, 0, False), (1.1, 1, True)])
+def test_a_connection_without_checks_ends_where_another_mail_may_lie_unread(
+    waits: float, used: int, kept: bool,
+) -> None:  # fmt: skip
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.use = hapolicy_gevent.UNCHECKED
     unread, served = Connection(pool, now - waits), Connection(pool, now)
+    unread.used = used  # it answered before: a child reads it
     pool.busy = {unread: None, served: None}
     pool.answered(served, b'DUNNO', True, now)
     assert (pool.idle == [served]) is kept, 'its child may serve the other'
