@@ -594,13 +594,13 @@ class Balancer:
         bound = None if key else self.bound.get(instance)  # an empty instance is not in the table
         if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
             return bound
-        patience, moment = (STICKY_PATIENCE, STICKY_PATIENCE) if key else (PATIENCE, QUIET)
         for turns, pools in self._rounds:
             first_up: Pool | None = None
             for pool in Sticky.order(key, pools) if key else turns():
-                if pool in tried or (now - pool.service.answered_at > QUIET and pool.stalled(now, moment)):
+                if pool in tried or (now - pool.service.answered_at > QUIET and pool.stalled(now, key)):
                     continue  # the comparison of times saves the call, nearly always under load
-                if (pool.idle and len(pool.busy) < pool.places) or pool.ready(now, patience):  # saves the call
+                # the first condition saves the call
+                if (pool.idle and len(pool.busy) < pool.places) or pool.ready(now, key):
                     return pool
                 first_up = first_up or (pool if pool.service.state is UP else None)
             if first_up is not None:  # the next prio is for requests that have waited
@@ -622,13 +622,12 @@ class Balancer:
         admitting = [pool for pool in left if pool.admits(waited, now)]
         if not admitting and (self.up or any(pool.checker.restarts(now) for pool in pools)):
             admitting = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
-        moment, takes_any = STICKY_PATIENCE if key else QUIET, waited >= STALLED_PATIENCE
-        answering = [pool for pool in admitting if takes_any or not pool.stalled(now, moment)] or admitting
+        active = [pool for pool in admitting if waited >= STALLED_PATIENCE or not pool.stalled(now, key)] or admitting
         if waited >= (STICKY_PATIENCE if key else PATIENCE):
-            return answering
-        if first in answering:
+            return active
+        if first in active:
             return [first]
-        best_prio = [pool for pool in answering if pool.service.prio == answering[0].service.prio]
+        best_prio = [pool for pool in active if pool.service.prio == active[0].service.prio]
         return best_prio[:1] if key else best_prio
 
     def forget(self) -> None:
@@ -1277,7 +1276,7 @@ class Checker:
         """Run a check in a greenlet of its own, and return that."""
         return gevent.spawn(self._run, check)
 
-    def growing(self, now: float, patience: float = PATIENCE) -> bool:
+    def growing(self, now: float, patience: float) -> bool:
         """Return whether a request with so many seconds of patience may expect a new connection."""
         if self.running:
             return not self.full and now - asked_first(self.running) <= patience
@@ -1520,12 +1519,12 @@ class Pool:
         asked = min(asked_first(self.busy), asked_first(self.checker.running))
         return self.places > 0 and now - asked < TRIAL_PATIENCE - waited
 
-    def ready(self, now: float, patience: float = PATIENCE) -> bool:
+    def ready(self, now: float, key: bytes = b'') -> bool:
         """Return whether it has a connection for a request, or may have one within the request's patience."""
         if len(self.busy) >= self.places:
             return False
         has = bool(self.idle or self.held) or self.opens
-        return has or (self.use is CHECKED and self.checker.growing(now, patience))
+        return has or (self.use is CHECKED and self.checker.growing(now, STICKY_PATIENCE if key else PATIENCE))
 
     def silence(self, now: float) -> float:
         """Return for how many seconds mail is in flight and none was answered; below 0 if there is none."""
@@ -1536,18 +1535,20 @@ class Pool:
         heard_at, last = self.service.heard_at, next(itertools.islice(reversed(self.busy), CHECK_AFTER - 1, None), None)
         return last is not None and last.since > heard_at and now - heard_at > max(QUIET, 5 * self.service.tally.mean)
 
-    def stalled(self, now: float, moment: float = QUIET) -> bool:
+    def stalled(self, now: float, key: bytes = b'') -> bool:
         """Return whether mail is in flight and none was answered for `stall` seconds.
 
         Sooner, if much was sent, and a check had no answer within a moment, too (unless full), or has no room.
         """
-        unchecked = self.room > 0 and now - asked_first(self.checker.running) < moment
+        # mail with a key waits while this may be a pause: another greylist would defer it
+        unchecked = self.room > 0 and now - asked_first(self.checker.running) < (STICKY_PATIENCE if key else QUIET)
         return self.silence(now) > self.service.stall or (not unchecked and not self.checker.full and self.overdue(now))
 
     def _grows_first(self, client: Client, now: float) -> bool:
         """Return whether a request had better wait for a new connection: messages that may ask more hold the others."""
-        # alone: each check may start a process, and nobody else is there
-        longest = max(GROWTH_PATIENCE, self.queue.balancer.alone(self.service) and min(HOLD, 2 * self.checker.latest))
+        # a check may start a process; where another service is up, the request may go there after PATIENCE
+        slow = min(HOLD, 2 * self.checker.latest) if self.queue.balancer.alone(self.service) else 0.0
+        longest = max(GROWTH_PATIENCE, slow)
         wait = now - client.asked < longest and now - next(iter(self.held)).idle_since < HOLD
         return wait and self.checker.growing(now, longest)
 
@@ -1615,11 +1616,11 @@ class Pool:
         if self.busy.pop(connection, self) is None:  # else the service went down after the mail was sent
             failure.at, service.failed_at = connection.since if failure.reason is LATE else now, now
             alone = self.queue.balancer.alone(service)
-            # strangers' slow messages may hold all places that others wait for; but all the time without an answer?
-            crowded = bool(self.waiting) and now - max(service.answered_at, service.since) < 2 * service.timeout
-            if failure.reason is LATE and not (alone and crowded):
+            # strangers' slow messages may hold all places that others wait for, but good mail behind them is answered
+            unanswered = now - max(service.answered_at, service.since) >= 2 * service.timeout
+            if failure.reason is LATE and (unanswered or not (alone and self.waiting)):
                 service.blame(failure, alone, now)
-            if failure.reason in (REFUSED, UNREACHABLE) and not self.checker.enabled:
+            elif failure.reason in (REFUSED, UNREACHABLE) and not self.checker.enabled:
                 service.turn(DOWN, failure.reason, now)  # so that this mail gets --default, not --failed
             self.checker.enabled = True  # under spawn(8), too
             self.checker.grow(now)
@@ -2151,12 +2152,12 @@ class Proxy:
             pool.prune(now)
             if pool.waiting:
                 self.queue.hand_over(pool, now)
-            since = self.stalled.get(service, math.inf)
+            since, heard = self.stalled.get(service, math.inf), service.answered_at if pool.busy else service.heard_at
             if (silent := pool.silence(now)) > service.stall:
                 if service not in self.stalled:
                     self.stalled[service] = now - silent
                     pool.report(f'is stalled: {len(pool.busy)} requests in flight, no answer for {service.stall:g}s')
-            elif max(service.answered_at, 0 if pool.busy else service.checked_at) > since + service.stall:
+            elif heard > since + service.stall:
                 del self.stalled[service]
                 pool.report('is no longer stalled')
         if int(now) % 10 == 0:
@@ -2252,7 +2253,8 @@ class Status:
         """Return the answer to /health: whether new clients should be sent here, and why not."""
         headline = self.data()['headline']
         code = '503 Service Unavailable' if headline['level'] == 'bad' or self._proxy.draining else '200 OK'
-        return code, 'text/plain', f'{"ok" if headline["level"] == "ok" else headline["text"]}\n'.encode()
+        text = 'ok' if headline['level'] == 'ok' else headline['text']
+        return code, 'text/plain', f'{text}\n'.encode()
 
     # -- HTTP
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import select
 import socket
 import threading
 import time
+import weakref
 from collections import Counter
 
 import gevent
@@ -277,6 +279,28 @@ def test_a_fault_of_ours_in_what_is_done_each_second_costs_one_time(monkeypatch:
     Proxy([parse_service('A=127.0.0.1:1')], b'dunno', b'dunno', 90.0, Log())
     gevent.sleep(2.5)
     assert len(times) >= 2
+
+
+def test_i7_a_failed_mail_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = []
+
+    def ask(*_: object) -> bytes:
+        failure = ServiceFailure(DROPPED, 'it hung up')
+        failures.append(weakref.ref(failure))
+        raise failure
+
+    monkeypatch.setattr(Connection, 'ask', ask)
+    proxy, (near, far) = Proxy([parse_service('A=127.0.0.1:1')], b'dunno', b'dunno', 90.0, Log()), socket.socketpair()
+    (pool,) = proxy.pools.values()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    pool.idle = [Connection(pool, time.monotonic())]
+    with far, contextlib.closing(Client(near)) as client:
+        gc.disable()
+        try:
+            assert proxy.decide(request(), client, time.monotonic())[2] == 1
+            assert [failure() for failure in failures] == [None], 'its request would wait for a collection'
+        finally:
+            gc.enable()
 
 
 def test_a_client_that_leaves_while_an_address_is_connected_to_says_nothing_of_it(
@@ -702,10 +726,10 @@ def test_a_server_that_does_not_answer_much_mail_nor_a_check_is_stalled_after_a_
     pool.checker.grow(now)
     assert len(pool.checker.running) == 1
     assert pool.stalled(now + 0.2) is (not full)
-    assert not pool.stalled(now + 0.2, 1), 'it may pause, and another one is the wrong greylist'
-    assert pool.stalled(now + 1.2, 1) is (not full), 'the check of a full one may wait for a child'
+    assert not pool.stalled(now + 0.2, b'key'), 'it may pause, and another one is the wrong greylist'
+    assert pool.stalled(now + 1.2, b'key') is (not full), 'the check of a full one may wait for a child'
     pool.service.check_answered(now, now + 0.1)
-    assert not pool.stalled(now + 1.2, 1)
+    assert not pool.stalled(now + 1.2, b'key')
 
 
 @pytest.mark.parametrize(('closed', 'state'), [(40, UP), (10, DOWN)])

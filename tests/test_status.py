@@ -225,6 +225,16 @@ def test_what_waits_is_told_within_seconds_and_quantiles_count_it() -> None:
             assert found['hapolicy_service_p99_seconds', ('A',)] > 5 > found['hapolicy_service_p99_seconds', ('B',)]
 
 
+@pytest.mark.parametrize('in_flight', [True, False])
+def test_a_check_that_is_answered_ends_no_stall_while_mail_has_no_answer(in_flight: bool) -> None:
+    proxy, now = Proxy([parse_service('A=127.0.0.1:1')], b'', b'', 90, Log()), time.monotonic()
+    ((service, pool),) = proxy.pools.items()
+    proxy.stalled[service], service.checked_at = now - 10, now
+    pool.busy = {Connection(pool, now - 1): None} if in_flight else {}
+    proxy._each_second(now)
+    assert (service in proxy.stalled) is in_flight, 'its database may be gone'
+
+
 @pytest.mark.parametrize(('full', 'heard', 'silent'), [(0, 40, 5), (0, 3, 3), (1, 40, 0)])
 def test_a_service_that_hangs_is_silent_where_no_mail_flows_but_a_check(full: int, heard: float, silent: float) -> None:
     proxy, now = Proxy([parse_service('A=127.0.0.1:1')], b'', b'', 90, Log()), time.monotonic()
