@@ -183,7 +183,9 @@ class Load:
     @property
     def tries(self) -> list[Try]:
         """The tries until now, of a plan with `trace`."""
-        lines = [line.split() for worker in self._workers for line in worker.log.splitlines()]
+        # the file may show a write in part, at the edge of a page: the last line counts when its end is there
+        logs = [worker.log.rpartition('\n')[0] for worker in self._workers]
+        lines = [line.split() for log in logs for line in log.splitlines()]
         return [Try(float(when), float(seconds), error.strip('-'), server) for when, seconds, error, server in lines]
 
     def stop(self) -> None:
