@@ -71,10 +71,11 @@ class Daemon:
         wait_until(self._listens, what=f'{self._command[0]} listens')
 
     def kill(self) -> None:
-        """Kill all its processes."""
+        """Kill all its processes; return when none listens."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        wait_until(lambda: not self._listens(), what=f'{self._command[0]} has ended')  # its children, too
 
     close = kill
 
@@ -123,7 +124,7 @@ def postgrey(directory: Path, port: int) -> Daemon:
     (directory / 'clients').write_text('198.51.100.7\n')
     (directory / 'data').mkdir()
     shutil.chown(directory / 'data', 'postgrey')
-    return Daemon(port, directory / 'log', ['/usr/sbin/postgrey', f'--inet=127.0.0.1:{port}', '--delay=1',
+    return Daemon(port, directory / 'log', ['/usr/sbin/postgrey', f'--inet=127.0.0.1:{port}', '--delay=4',
                   f'--whitelist-clients={directory}/clients', f'--dbdir={directory}/data'])  # fmt: skip
 
 
@@ -258,7 +259,7 @@ class Case:
 CASES = {
     'postgrey': Case(
         postgrey, [{}, {}, {'client_address': '198.51.100.7'}], ['Greylisted', 'Greylisted', 'DUNNO'],
-        ['X-Greylist: delayed', 'DUNNO', 'DUNNO'], pause=1.5),
+        ['X-Greylist: delayed', 'DUNNO', 'DUNNO'], pause=5),
     'postfwd': Case(postfwd, [{'sender': 'spam@example.net'}, {}], ['REJECT no spam', 'DUNNO']),
     'mtpolicyd': Case(mtpolicyd, [{'sender': 'spam@example.net'}, {}], ['REJECT no spam', 'dunno']),
     'policyd-spf (Python)': Case(
@@ -315,7 +316,8 @@ def test_its_verdicts_are_those_given_directly_also_after_a_restart(name: str) -
                 return found
 
             for expected in (case.expected, case.after or case.expected):
-                wait_until(lambda: service()['state'] == 'up' and service()['idle_connections'], what='a check passes')
+                wait_until(lambda: service()['state'] == 'up' and service()['idle_connections'],
+                           what=lambda: f'a check passes: {service()}\n{proxy.log}')  # fmt: skip
                 verdicts = ask(direct.where, case)
                 for verdict, part in zip(verdicts, expected, strict=True):
                     assert re.sub(r'\d+', '#', part) in verdict
@@ -381,7 +383,7 @@ def test_what_the_check_writes_into_databases_is_what_is_documented() -> None:
         assert server.log is not None
         for _ in range(3):
             ask_ours(server)
-            time.sleep(1.2)
+            time.sleep(2.5)  # the third time the delay is over
         server.kill()
         keys = subprocess.run(['perl', '-e', KEYS, server.log.parent / 'data'], stdout=subprocess.PIPE, check=True)
         assert keys.stdout.decode() == 'postgrey.db 127.0.0.0//\npostgrey_clients.db 127.0.0.1\n'

@@ -516,13 +516,11 @@ def test_broken_requests_get_an_end_and_leave_no_trace(sent: bytes) -> None:
                 sock.sendall(sent)
                 if reset:
                     continue
-                sock.shutdown(socket.SHUT_WR)
                 reply = b''
-                try:
+                with contextlib.suppress(OSError):  # it may be reset
+                    sock.shutdown(socket.SHUT_WR)
                     while data := sock.recv(65536):
                         reply += data
-                except ConnectionResetError:
-                    pass
                 assert not reply or re.match(rb'HTTP/1.1 (200 OK|400 Bad Request|404|405|414 [RU])', reply), reply
                 assert b'Traceback' not in reply
         ask(proxy, 1)
