@@ -52,7 +52,7 @@ Server options:
                           0: never [default: 60]
   --name=NAME             which of several hapolicys this is: the ident in syslog,
                           the title of the status page [default: hapolicy]
-  --check-services        ask each service once, tell what it answered, and end
+  --check-services        ask each service once, print what it answered, and end
 
 Signals:
   SIGTERM, SIGINT         stop accepting, answer what is in flight, close each
@@ -109,7 +109,8 @@ DEFAULT_MAX = 100  #: requests in flight per service: Postfix's default_process_
 CONNECT_TIMEOUT = 5.0  #: seconds to connect, of a service's timeout: two lost SYNs (1 s + 2 s) and some room
 
 QUIET = 0.05  #: seconds of silence behind an answer that prove that no second one follows
-#: A connection that was used without a silence, for so many times what it needs of it, rests before its next use.
+#: A connection needs a silence of QUIET and of what its last answer took. If it is used for so many times as long
+#: without one, it rests before its next use.
 REST_AFTER = 20
 CHECK_AFTER = 10  #: mails sent since a service answered last, after which a check is to say whether it hangs
 HOLD = 1.0  #: seconds for which a message holds the connection that answered it
@@ -145,7 +146,7 @@ ANSWER_PART = 0.2  #: the part of --deadline in which a request no longer waits 
 #: it was balanced to, before it may go to another one; the same with --sticky, where another greylist would defer it;
 #: and before it may go to a service that a slow message has stalled.
 GROWTH_PATIENCE, PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = PATIENCES = 0.08, 0.1, 1.0, 1.0
-#: Bytes of an attribute that are logged, and that count with --sticky; values whose part that counts is cached.
+#: Bytes of an attribute that are logged, and that --sticky compares; values whose compared part is cached, for each.
 MAX_VALUE, MAX_VALUES = 320, 4096
 
 MAX_LOG_LINES, MAX_LOG_LINE = 10000, 8000  #: lines that wait for the log daemon; characters: rsyslog cuts at 8 kB, too
@@ -163,7 +164,7 @@ class UsageError(Exception):
 
 
 class InvalidAnswer(Exception):
-    """The service's fault: an answer that Postfix would misread, or none."""
+    """An answer that Postfix would misread, or none: the service's fault. Or such an action in an option."""
 
 
 #: Why a client's connection is closed.
@@ -176,7 +177,7 @@ class ClientFault(Exception):
     """The client's fault: its connection is closed; `reason` is one of CLIENT_FAULTS."""
 
     def __init__(self, reason: str, text: str = '') -> None:
-        super().__init__(f'{reason} {text}'.rstrip())
+        super().__init__(f'{reason}, {text}' if text else reason)
         self.reason = reason
 
 
@@ -186,7 +187,7 @@ class ServiceFailure(Exception):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
-        #: When a mail failed by it, or was sent that was late (monotonic seconds); unless its service was down by then.
+        #: When the mail failed or, if it was late, was sent (monotonic seconds); -inf if it does not count (any more).
         self.at = -math.inf
 
 
@@ -195,7 +196,7 @@ class Ended(ServiceFailure):
 
 
 class NotSent(Ended):
-    """Nobody's fault: a connection that had answered something ended before a request was sent."""
+    """Nobody's fault: a connection that had answered something ended, or was not silent, before a request was sent."""
 
 
 # --- Protocol: bytes in, requests and actions out. Grammar: Postfix's SMTPD_POLICY_README, attr_scan_plain.c ---------
@@ -322,7 +323,8 @@ def blaming(what: str, allowed: str = '') -> Iterator[None]:
     except (UsageError, InvalidAnswer) as error:
         raise UsageError(f'{what}: {error}; allowed is {allowed}') from None
     except OSError as fault:  # not `error` again: mypyc gives a name in a generator one type
-        raise OSError(f'{what}: {fault.strerror or fault}') from None
+        # create_server() names the address again
+        raise OSError(f'{what}: {(fault.strerror or str(fault)).partition(" (while")[0]}') from None
 
 
 def parse_number(text: str, what: str, low: int, high: int) -> int:
@@ -347,7 +349,7 @@ def parse_host(host: str) -> tuple[int, str]:
         return (socket.AF_INET6, host[1:-1]) if in_brackets else (socket.AF_INET, host)
     if re.fullmatch(r'(?![0-9.]*$)(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?', host) and len(host) < 254:
         return socket.AF_UNSPEC, host
-    raise UsageError(f"address '{host}' is not an IPv4 address, [IPv6] address, host name or unix:/path")
+    raise UsageError(f"address '{host}' is not of an allowed form")
 
 
 def parse_address(text: str) -> tuple[Address, list[str]]:
@@ -397,7 +399,7 @@ class Service(Settings):
     in_a_row = 0  #: failed mails that count, none answered between them
     full_logged = 0  #: how many connections it served when it was found full, the greatest number that was logged
     # monotonic seconds
-    since = 0.0  #: when the state changed
+    since = 0.0  #: when it came up, or ceased to be up
     answered_at = 0.0  #: when mail was answered last
     checked_at = 0.0  #: when a check was answered last
     failed_at = 0.0  #: when mail failed last
@@ -426,14 +428,12 @@ class Service(Settings):
         self.answers += 1
         self.tally.answer(now - since, action)
         if current:
-            self.answered_at = now
+            self.answered_at, self.in_a_row = now, 0
             if since > self.newest:
                 self.newest = since
             if self.state is not UP:
                 self.blamed = False
                 self.turn(UP, 'mail was answered', now)
-            elif self.in_a_row:
-                self.in_a_row = 0
 
     def blame(self, failure: ServiceFailure, alone: bool, now: float) -> None:
         """Count a mail that was late, or that failed otherwise and was answered elsewhere: else it may be at fault.
@@ -464,13 +464,13 @@ class Service(Settings):
 def parse_service(text: str) -> Service:
     """Return the service of a -s option. Raises UsageError."""
     name, _, rest = text.partition('=')
-    allowed = '<name>=<address>:<port>[:<prio>[:<weight>[:<timeout>[:<max>]]]] or <name>=unix:/path[:<prio>...]'
+    allowed = '<name>=<IPv4, [IPv6] or name>:<port>[:<prio>[:<weight>[:<timeout>[:<max>]]]] or <name>=unix:/path[:...]'
     with blaming(f"--service '{text}'", allowed):
         if not name.strip() or not name.isprintable() or len(name) > 64:
             raise UsageError(f"the name '{name}' is not 1 to 64 printable characters")
         address, fields = parse_address(rest)
         if any(fields[4:]):
-            raise UsageError(f"':{':'.join(fields[4:])}' is one field too many")
+            raise UsageError(f"'{':'.join(fields[4:]).rstrip(':')}' is one field too many")
         prio, weight, timeout, maximum = (fields + [''] * 4)[:4]
         return Service(name, address,
                        parse_number(prio, 'prio', 1, 10**9) if prio else DEFAULT_PRIO,
@@ -517,7 +517,7 @@ def name_hash(name: str) -> int:
 
 
 class Sticky:
-    """Sends the same mail to the same service, at each proxy: by a key made of some attributes. Pure.
+    """Orders the services for each mail, the same way at each proxy: by a key made of some attributes. Pure.
 
     Weighted rendezvous hashing: each service has a score for each key, and the greatest score wins. The keys of a
     service that is removed go to the others; a service that is added takes its share; no other key moves.
@@ -644,7 +644,7 @@ NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY = 'no service is up', 'all servi
 
 ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6
 LEVELS = {ERROR: 'error', WARNING: 'warning', NOTICE: 'notice', INFO: 'info'}
-#: The beginning of a line on stderr, to be formatted with the line's level: systemd reads it (sd-daemon(3)).
+#: The beginning of a line on stdout or stderr, to be formatted with the line's level: systemd reads it (sd-daemon(3)).
 MARK = '<{}>' if 'JOURNAL_STREAM' in os.environ else ''
 SILENT = 1.0  #: seconds without an answer to mail in flight, after which log and status call a service silent
 Line: TypeAlias = 'tuple[int, str]'  #: severity and text of a line for the log
@@ -788,7 +788,7 @@ def request_line(decision: Decision, request: bytes, delay: float) -> str:
 class Log:
     """A bounded queue of lines and the greenlet that writes them: logging never delays an answer.
 
-    Lines go to syslog as syslog(3) sends them: facility mail, ident[pid]. What it does not take goes to a descriptor.
+    Lines go to syslog as syslog(3) sends them: facility mail, ident[pid]. Lines that it refuses go to a descriptor.
     """
 
     PATH = '/dev/log'
@@ -1321,7 +1321,7 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        late = running > 0 and now - self.began > self._slow + CONNECT_TIMEOUT * (self.full > 0) and not self.answered
+        late = running > 0 and now - self.began > self._slow + CONNECT_TIMEOUT * (self.full > 0) and not self.passing
         stuck = late and not (self.full and pool.open) and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
         places = 1 if pool.use is SINGLE_USE else pool.places - len(pool.busy)
@@ -1389,7 +1389,7 @@ class Checker:
         if self.running.pop(check, None) is None:
             return
         pool, service, reason = self.pool, self.pool.service, failure.reason
-        # mail that tries a service that hangs up late would wait as long
+        # hung up on late: mail that tries such a service would wait as long
         why = LATE if reason in (DROPPED, INVALID) and now - check.since > UNANSWERED else reason
         self._failed_at = check.since
         pool.connector.rotate(check.since)
@@ -1423,10 +1423,10 @@ class Checker:
         # its connections may be closed by now, and others may have taken their places for a moment
         moment = GIVE_UP if self.full or reason is DROPPED else 0.0
         limited = self.pool.use is SINGLE_USE or (self.full > 0 and reason is DROPPED)
-        return (limited and heard > -moment) or self.pool.look() > 0 or self.answered > 0
+        return (limited and heard > -moment) or self.pool.look() > 0 or self.passing > 0
 
     @property
-    def answered(self) -> int:
+    def passing(self) -> int:
         """How many checks are answered, and are to pass after QUIET."""
         return sum(check.used > 0 for check in self.running)
 
@@ -1445,7 +1445,7 @@ class Checker:
     def found_full(self, why: str) -> None:
         """Record that the service serves no more connections than it does now."""
         self.lower()
-        if self.answered:
+        if self.passing:
             return  # these are served, too: they are counted next time
         pool, service = self.pool, self.pool.service
         self.full = max(1, pool.look())
@@ -1457,7 +1457,7 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        hung = not self.answered and self.pool.service.newest - began > self._slow  # an answered one stops the elder
+        hung = not self.passing and self.pool.service.newest - began > self._slow  # an answered one stops the elder
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
             self.stop(next(iter(self.running)))
@@ -1496,7 +1496,7 @@ class Pool:
         return self.service.max - self.open - len(self.checker.running)
 
     @property
-    def opens(self) -> bool:
+    def may_open(self) -> bool:
         """Whether a mail may open a connection without a check; if the service is down, Balancer.update() says why."""
         most = self.checker.at_once if self.use is SINGLE_USE else math.inf
         return len(self.busy) + 1 <= most and self.room > 0 and (self.use is not CHECKED or self.service.state is DOWN)
@@ -1523,7 +1523,7 @@ class Pool:
         """Return whether it has a connection for a request, or may have one within the request's patience."""
         if len(self.busy) >= self.places:
             return False
-        has = bool(self.idle or self.held) or self.opens
+        has = bool(self.idle or self.held) or self.may_open
         return has or (self.use is CHECKED and self.checker.growing(now, STICKY_PATIENCE if key else PATIENCE))
 
     def silence(self, now: float) -> float:
@@ -1574,7 +1574,7 @@ class Pool:
                     continue
                 if self.held.pop(connection, self) is self:
                     self.idle.remove(connection)
-            elif self.opens:
+            elif self.may_open:
                 connection = Connection(self, now)
             else:
                 return None
@@ -1677,7 +1677,7 @@ class Pool:
     def use_once(self) -> None:
         """Use each connection for one mail, until a later check decides anew; as many at once as are served now."""
         if self.use is CHECKED:
-            self.use, self.checker.at_once = SINGLE_USE, max(1.0, self.open + self.checker.answered)
+            self.use, self.checker.at_once = SINGLE_USE, max(1.0, self.open + self.checker.passing)
             self.checker.stop()
         self._close(*self.idle, *self.held)
 
@@ -1710,7 +1710,8 @@ class Pool:
                 self.checker.full = 0  # nothing has met the limit lately
         for connection in [*self.idle, *self.held]:
             expired = now >= connection.expires
-            spare = expired or self.open > 1 or self.checker.full or connection.used < 2  # 1: its check, nearly always
+            # used once: by its check, nearly always
+            spare = expired or self.open > 1 or self.checker.full or connection.used < 2
             at_most = SPARE_IDLE if spare else UNHEARD
             if now - connection.idle_since >= at_most or (expired and connection not in self.held):
                 self._close(connection)
@@ -1862,10 +1863,8 @@ class Client(Wire):
             self.pause()
 
     def _take_in(self, data: bytes | None) -> None:
-        if data is None:
-            self.ended = True
-        else:
-            self._buffer.data += data
+        self.ended = self.ended or data is None
+        self._buffer.data += data or b''
 
     def request(self, seconds: float) -> bytes | None:
         """Return the next request, None at the client's end. Raises ClientFault, OSError.
@@ -2280,7 +2279,7 @@ class Status:
         elif method not in (b'GET', b'HEAD'):
             code, body = '405 Method Not Allowed', b'only GET and HEAD are answered\n'
         elif path in self._pages:
-            often = min(4, 40 / len(self._proxy.pools))  # in a second: mail waits while a page is built
+            often = min(4, 40 / len(self._proxy.pools))  # pages a second, at most: mail waits while one is built
             code, kind, body = self._built(self._pages[path], int(time.monotonic() * often))
         head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
         return f'{head}{self._headers}\r\n'.encode() + (b'' if method == b'HEAD' else body)
@@ -2475,7 +2474,8 @@ def parse_command_line(argv: Sequence[str]) -> SimpleNamespace:
 
     version = f'hapolicy {__version__} ({"compiled" if __file__.endswith(".so") else "not compiled"})'
     try:
-        given: dict[str, Any] = docopt(__doc__, list(argv), version=version)
+        with blaming('stdout'):  # where it prints the help and the version
+            given: dict[str, Any] = docopt(__doc__, list(argv), version=version)
     except DocoptExit as error:
         reason = str(error).partition('\n')[0]
         if reason == 'Usage:':  # docopt names no reason
@@ -2499,7 +2499,7 @@ def parse_command_line(argv: Sequence[str]) -> SimpleNamespace:
 
 
 def is_client(fd: int) -> bool:
-    """Tell whether a descriptor is the client's socket, as stdin is under spawn(8)."""
+    """Return whether a descriptor is the client's socket, as stdin is under spawn(8)."""
     return stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.samestat(os.fstat(0), os.fstat(fd))
 
 
@@ -2715,7 +2715,7 @@ def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop:
     if options.summary:
         gevent.spawn(proxy.summarize, options.summary)
     notify('READY=1')
-    logged = -math.inf  # when it was, that further ones wait (monotonic seconds)
+    logged = -math.inf  # when it was logged that further clients wait (monotonic seconds)
     while not stop.wait(1):
         if greenlets.full() and time.monotonic() - logged > LOG_AGAIN:
             log(WARNING, f'{limit} clients are served, the most allowed: more wait in the backlog')
@@ -2762,7 +2762,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if own := [service for service in options.service if service.address in ours]:  # it would ask itself for ever
             raise UsageError(f"--service '{own[0].name}': {own[0].address} is where hapolicy itself listens")
         if options.status and (not ours or options.status in ours):
-            raise UsageError(f"--status '{options.status}' needs --listen, and an address of its own")
+            lacks = 'an address of its own' if ours else '--listen'
+            raise UsageError(f"--status '{options.status}' needs {lacks}")
         listeners.update(open_listeners(options))
     except (UsageError, OSError) as error:
         complain(str(error))

@@ -36,7 +36,7 @@ def say(text: str = '') -> None:
 def show_turns(port: int) -> None:
     """Send some requests over one connection."""
     with PostfixClient(port) as client:
-        say('Eight requests over one connection were answered by: ' + ' '.join(client.ask_own() for _ in range(8)))
+        say('Nine requests over one connection were answered by: ' + ' '.join(client.ask_own() for _ in range(9)))
     say('A has weight 2, B has weight 1.')
     say()
 

@@ -77,7 +77,8 @@ LOGGING
 
 Lines go to syslog, facility mail, ident hapolicy or as --name has it; no file is written, so there is nothing to
 rotate. With --logging each request is a line. A service that goes down, on trial, up or stalls, or is full, a failed
-query, a default action and a request that is too long are logged at level warning in any case:
+query, a default action (but a notice where what came is no policy request) and a request that is too long are logged
+at level warning in any case:
 
     journalctl -t hapolicy -p warning
 

@@ -114,7 +114,7 @@ def test_an_address_that_cannot_be_listened_on_ends_the_start_with_status_1() ->
         done = run('-s', 'a=h:1', f'--listen={where}')
         assert done.returncode == 1
         assert done.stderr.decode().count('\n') == 1
-        assert where in done.stderr.decode() and 'Address already in use' in done.stderr.decode()
+        assert done.stderr.decode().endswith(f"{where}': Address already in use\n"), done.stderr
     for where in ('192.0.2.1:10060', '[fe80::1%nowhere]:1', 'unix:/no/such/directory/s', f'unix:{MODULE}'):
         done = run('-s', 'a=h:1', f'--listen={where}')
         assert (done.returncode, done.stderr.decode().count('\n')) == (1, 1), done.stderr

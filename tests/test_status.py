@@ -711,7 +711,7 @@ def test_a_bad_status_ends_the_start_with_one_line(arguments: list[str], status:
 
 def test_status_needs_listen_and_an_address_of_its_own() -> None:
     done = run('-s', 'a=h:1', f'--status=127.0.0.1:{free_port()}')
-    assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and b'needs --listen' in done.stderr
+    assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and done.stderr.endswith(b'needs --listen\n')
     where = f'127.0.0.1:{free_port()}'
     done = run('-s', 'a=h:1', f'--listen={where}', f'--status={where}', '--reuse-port')
     assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and b'an address of its own' in done.stderr
