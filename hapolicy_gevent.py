@@ -213,10 +213,8 @@ VISIBLE = bytes(code if code in b'\t' or (code >= SPACE and code != 127) else or
 
 def end_of_message(data: bytes, start: int = 0) -> int:
     """Return the offset behind the first empty line, 0 while there is none; `start` skips what was seen before."""
-    if not start and data.startswith((b'\n', b'\r\n')):
-        return data.index(b'\n') + 1
-    found = EMPTY_LINE(data, start)
-    return found.end() if found else 0
+    found = EMPTY_LINE(b'\n' + data, start)
+    return found.end() - 1 if found else 0
 
 
 class RequestBuffer:
@@ -234,7 +232,7 @@ class RequestBuffer:
             self.data = self.data.lstrip(LINE_ENDS)
         data = self.data
         end = end_of_message(data, self._scanned)
-        if end > MAX_MESSAGE or (not end and len(data) > MAX_MESSAGE):
+        if (end or len(data)) > MAX_MESSAGE:
             raise ClientFault(TOO_LONG, f'no end of a request within {MAX_MESSAGE} bytes')
         # an empty line may be cut in two: its first bytes are looked at again
         self._scanned = 0 if end else max(0, len(data) - 2)
@@ -871,7 +869,7 @@ class Wire:
     watcher that stays registered, receiving takes a third of the time. Data that nobody waits for calls unexpected().
     """
 
-    __slots__ = ('_hub', '_recv', '_send', '_waits', '_watcher', 'paused', 'socket', 'user')
+    __slots__ = ('_hub', '_recv', '_send', '_waits', '_watcher', 'socket', 'user')
 
     _recv: Callable[..., bytes]
 
@@ -888,7 +886,6 @@ class Wire:
         self.user = getcurrent()  #: the greenlet that receives: to ask for it at each receive() would cost 0.1 us
         self._waits = False
         self._watcher: Any = self._hub.loop.io(sock.fileno(), READ)
-        self.paused = True
         self.watch()
 
     def _readable(self) -> None:
@@ -904,17 +901,15 @@ class Wire:
     def pause(self) -> None:
         """Leave what comes in the kernel until the next receive() or watch(); the peer's end is not seen either."""
         self._watcher.stop()
-        self.paused = True
 
     def watch(self) -> None:
         """End a pause."""
-        if self.paused:
+        if not self._watcher.active:
             self._watcher.start(self._readable)
-            self.paused = False
 
     def receive(self) -> bytes | None:
         """Sleep until there is something to receive; return it, None at the end, b'' if woken early. Raises OSError."""
-        if self.paused:
+        if not self._watcher.active:
             self.watch()
         self._waits = True
         try:
@@ -937,7 +932,6 @@ class Wire:
 
     def close(self) -> None:
         """Close the socket and free its watcher; to call it again does no harm."""
-        self._watcher.stop()
         self._watcher.close()
         self.socket.close()
 
@@ -965,7 +959,7 @@ def connect_failure(error: OSError, family: int) -> ServiceFailure:
         return ServiceFailure(REFUSED, str(error.strerror).lower())
     if isinstance(error, TimeoutError):
         return ServiceFailure(LATE, 'no connection in time')
-    if isinstance(error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)):
+    if isinstance(error, ConnectionError):
         return ServiceFailure(DROPPED, 'it hung up at once')
     no_port = error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET  # of IPv6: this host has none
     if no_port or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -1144,7 +1138,7 @@ class Connection(Wire):
         """Return the action if a whole answer has come while we did not run. Raises ServiceFailure."""
         timer.__traceback__ = None  # it would keep the request in memory until the next timeout
         with contextlib.suppress(OSError):
-            while sent and self.poll is not None and self.poll(0) and (chunk := self._recv(RECEIVE)):
+            while sent and (chunk := self._recv(RECEIVE)):
                 if (action := self._take_in(chunk)) is not None:
                     return action
         reason = LATE if timer.seconds > self.pool.service.timeout / 2 else DEADLINE
@@ -1794,7 +1788,8 @@ class Queue:
         if pool.use is SINGLE_USE and pool.checker.due(now):  # before mail takes all places
             pool.checker.grow(now)
         while pool.waiting:
-            waiter = pool.waiting[0]
+            # a client that has ended was killed, nearly always: it comes last
+            waiter = next((each for each in pool.waiting if not each.client.ended), pool.waiting[0])
             waiter.connection = pool.take(waiter.client, now)
             if waiter.connection is None:
                 return pool.checker.grow(now)

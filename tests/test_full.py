@@ -62,6 +62,21 @@ def test_the_same_prefork_server_behind_two_proxies_answers_both(children: int, 
         assert max(first.held()[-1], second.held()[-1]) < 6 * SCALE
 
 
+def test_requests_of_smtpds_that_were_killed_come_last_and_are_answered_all_the_same() -> None:
+    with stubs(slow(0.2)) as (a,), ProxyProcess('-s', a.service + '::::1') as proxy:
+        assert ask_all(proxy, 1, 1) == ['A']
+        killed = [proxy.client() for _ in range(8)]
+        for client in killed:
+            client.send(request(instance=new_instance()))
+            client.sock.shutdown(socket.SHUT_WR)  # as its death looks to the proxy
+        time.sleep(0.3)  # they are in line
+        wanted = request(instance=new_instance())
+        with proxy.client() as client:
+            assert client.ask(wanted).endswith(' A')
+        assert a.requests.index(wanted) <= 5, 'the first one, and what was asked until then'
+        assert all(client.read_answer().endswith(b' A\n\n') for client in killed), 'perhaps it asks, and waits'
+
+
 def test_two_proxies_that_share_a_full_server_come_to_have_about_as_many_answers_each() -> None:
     with (
         Prefork(5, slow(0.02)) as a,

@@ -132,7 +132,7 @@ def test_a_slow_loris_is_cut_off_at_the_deadline_and_an_idle_client_is_not() -> 
             except OSError:
                 pass
             assert time.monotonic() - started < 10 * SCALE
-            proxy.logged('request too slow no end within ')
+            proxy.logged('request too slow, no end within ')
             time.sleep(1)
             assert idle.ask_own() == 'A'
 
