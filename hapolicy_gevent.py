@@ -1042,7 +1042,7 @@ CHECKED, SINGLE_USE, UNCHECKED = 'checked', 'single use', 'unchecked'
 class Connection(Wire):
     """A connection to a server: it decides what is an answer. One request at a time."""
 
-    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'quiet_at', 'silent_at', 'since', 'spent',
+    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'quiet', 'silent_at', 'since', 'spent',
                  'timer', 'used')  # fmt: skip
 
     def __init__(self, pool: Pool, now: float) -> None:
@@ -1054,7 +1054,7 @@ class Connection(Wire):
         """Set the state of a connection that has carried nothing."""
         self.since = self.idle_since = now  # when its last request was sent, and when that was answered
         self.expires = now + self.pool.queue.max_age
-        self.quiet_at = now + QUIET / 2  # when it will have been silent for long enough: an answer doubles that at most
+        self.quiet = QUIET / 2  # seconds of silence that it needs behind its last answer, which doubled them at most
         self.silent_at = -math.inf  # when it was last seen to be silent for long enough
         self.used = 0  # how many answers it gave, the one to its check included
         self.spent = ''  # why it must not be used again: ENDED or SURPLUS
@@ -1084,11 +1084,11 @@ class Connection(Wire):
         Within the service's timeout, or the seconds that are left if that is less; `user` is the greenlet that asks.
         """
         if self.used:
-            if self.since - self.silent_at > REST_AFTER * (self.quiet_at - self.idle_since):
+            if self.since - self.idle_since >= self.quiet:
+                self.silent_at = self.since
+            elif self.since - self.silent_at > REST_AFTER * self.quiet:
                 self._see_silence(left)
                 left -= time.monotonic() - self.since
-            elif self.since >= self.quiet_at:
-                self.silent_at = self.since
         timer = self.timer if left >= self.timer.seconds else QueryTimeout(max(0.001, left))
         again, stop, sent = timer.again, timer.stop, False
         again(THROW_INTO, self.user, timer)
@@ -1125,11 +1125,11 @@ class Connection(Wire):
         After a surplus answer each request gets its predecessor's answer, for as long as the next request comes before
         its own answer.
         """
-        return now < self.quiet_at and now - self.silent_at > REST_AFTER * (self.quiet_at - self.idle_since)
+        return now - self.idle_since < self.quiet < (now - self.silent_at) / REST_AFTER
 
     def _see_silence(self, left: float) -> None:
         """Rest: wait until it has been silent for long enough, half the seconds left at most. Raises NotSent if not."""
-        if said := self.listen(min(self.quiet_at - self.since, left / 2)):
+        if said := self.listen(min(self.idle_since + self.quiet - self.since, left / 2)):
             self.pool.drop(self, said)
             raise NotSent(DROPPED, 'it was not silent before its use')
         self.silent_at = self.since
@@ -1177,7 +1177,7 @@ class Connection(Wire):
         self.pool.service.check_answered(self.since, time.monotonic())
         said = self.spent or self.listen(QUIET)
         self.idle_since = self.silent_at = time.monotonic()
-        self.quiet_at = self.idle_since + QUIET
+        self.quiet = QUIET
         return said, action
 
     def reopen(self) -> None:
@@ -1589,8 +1589,8 @@ class Pool:
         self.service.answered(action, connection.since, current, now)
         # it is to be silent for QUIET and what the answer took; twice as long as before at most, as a slow answer may
         # have waited for a child of the server
-        quiet, most = QUIET + now - connection.since, 2 * (connection.quiet_at - connection.idle_since)
-        connection.idle_since, connection.quiet_at = now, now + (quiet if quiet < most else most)
+        quiet, most = QUIET + now - connection.since, 2 * connection.quiet
+        connection.idle_since, connection.quiet = now, quiet if quiet < most else most
         keep = reuse and current and not connection.spent
         if self.use is not CHECKED:
             # a mail that waits long on a new connection may lie there unread: the server has few workers
