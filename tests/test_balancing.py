@@ -57,6 +57,19 @@ def choose(balancer: Balancer, instance: bytes = b'', now: float = 0) -> str:
     return chosen.service.name
 
 
+@pytest.mark.parametrize('key', [b'', b'a key'])
+def test_each_service_is_looked_at_once_where_none_is_ready(key: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    balancer, pools = balancing(service('A', weight=256), service('B', weight=255), service('C', weight=1))
+    looked: list[Pool] = []
+    monkeypatch.setattr(Pool, 'ready', lambda pool, *_: looked.append(pool))
+    for pool in pools:
+        pool.idle = []
+    for _ in range(2):
+        chosen = balancer.choose(b'', (), 0, key)
+        assert (chosen in pools) if key else (chosen is None)
+    assert Counter(looked) == dict.fromkeys(pools, 2), 'other requests wait meanwhile'
+
+
 @pytest.mark.parametrize('size', [1, 2, 3, 4, 5])
 def test_every_weight_set_is_shared_exactly_over_each_cycle(size: int) -> None:
     for weights in itertools.combinations_with_replacement(range(1, 6 if size < 5 else 4), size):

@@ -307,7 +307,7 @@ def test_a_client_that_leaves_while_an_address_is_connected_to_says_nothing_of_i
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried: list[str] = []
-    trouble: list[BaseException] = [ClientFault(RESET), gevent.Timeout(), OSError('no route')]
+    trouble: list[BaseException] = [ClientFault(RESET), gevent.GreenletExit(), gevent.Timeout(), OSError('no route')]
 
     def connect(family: int, where: tuple[str, int], seconds: float) -> socket.socket:
         if family != socket.AF_INET:  # the check of another test's proxy
@@ -325,16 +325,19 @@ def test_a_client_that_leaves_while_an_address_is_connected_to_says_nothing_of_i
     name = Connector(Address(socket.AF_UNSPEC, 'x', 1), 5, lambda _: None)
     with pytest.raises(ClientFault):
         name.connect()
+    with pytest.raises(gevent.GreenletExit):  # a check that is stopped
+        name.connect()
     with pytest.raises(gevent.Timeout):
         name.connect()
     for _ in range(2):
         name.connect().close()
-    assert tried == ['127.0.0.1', '127.0.0.1', '127.0.0.2', '127.0.0.2']
+    assert tried == ['127.0.0.1'] * 3 + ['127.0.0.2'] * 2
 
 
+@pytest.mark.parametrize('beside', [False, True])
 @pytest.mark.parametrize('behaviour', [hang, hang_up])
 def test_the_next_address_of_a_name_is_taken_where_the_first_fails_its_check(
-    behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
+    behaviour: Behaviour, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def connect(family: int, where: tuple[str, int], seconds: float) -> socket.socket:
         sock = gevent.socket.socket(family)
@@ -342,11 +345,12 @@ def test_the_next_address_of_a_name_is_taken_where_the_first_fails_its_check(
         return sock
 
     with stubs(behaviour, echo) as (sick, well):
+        services = [parse_service('N=x:1:::2'), parse_service('B=127.0.0.1:1')]
         monkeypatch.setattr(hapolicy_gevent, 'connect', connect)
         monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: [
             (socket.AF_INET, 0, 0, '', (host, 1)) for host in ('127.0.0.2', '127.0.0.1')
         ])  # fmt: skip
-        (pool,) = Proxy([parse_service('N=x:1:::2')], b'dunno', b'dunno', 90, Log()).pools.values()
+        pool, *_ = Proxy(services[: 1 + beside], b'dunno', b'dunno', 90, Log()).pools.values()
         give_up = time.monotonic() + 20 * SCALE
         while not pool.idle and time.monotonic() < give_up:
             gevent.sleep(0.05)
@@ -482,6 +486,21 @@ def test_mail_that_is_refused_starts_a_check_and_the_check_decides(reason: str) 
     pool.busy[connection] = None
     pool.failed(connection, ServiceFailure(reason, ''), now)
     assert pool.service.state == 'up' and len(pool.checker.running) == 1
+
+
+def test_a_service_is_found_full_where_an_idle_connection_has_a_surplus_answer_to_read() -> None:
+    with stubs(echo) as (a,):
+        pool, now = pool_of(a.service), time.monotonic()
+        idle, waits = Connection(pool, now), Connection(pool, now - 3)
+        idle.open()
+        pool.idle, idle.used = [idle], 2
+        wait_until(lambda: a.peers)
+        a.peers[0].send(b'action=SECOND\n\n')
+        wait_until(lambda: idle.poll is not None and idle.poll(0))
+        pool.checker.running[waits] = gevent.Greenlet()
+        pool.service.newest = pool.service.answered_at = now  # what was sent after the check is answered
+        pool.checker.watch(now)
+        assert pool.use is SINGLE_USE and waits not in pool.checker.running and not pool.idle
 
 
 def test_a_connection_with_an_answer_to_read_is_served_though_the_server_has_ended_it() -> None:
