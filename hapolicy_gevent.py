@@ -480,6 +480,22 @@ def parse_service(text: str) -> Service:
                        parse_number(maximum, 'max', 1, 10**6) if maximum else DEFAULT_MAX)  # fmt: skip
 
 
+def one_cycle(pools: Sequence[Pool]) -> Iterator[Pool]:
+    """Yield each pool as often as its service's weight says, interleaved: smooth weighted round robin (as nginx's).
+
+    At each turn every pool gains its weight. The richest pool has the turn, and pays what all have gained.
+    """
+    weights = [pool.service.weight for pool in pools]
+    total = sum(weights)
+    credit = dict.fromkeys(pools, 0)
+    for _ in range(total // math.gcd(*weights)):
+        for pool in pools:
+            credit[pool] += pool.service.weight
+        richest = max(pools, key=credit.__getitem__)
+        credit[richest] -= total
+        yield richest
+
+
 #: Removes from a sender what postgrey removes, as it differs from mail to mail: a BATV tag, an extension, numbers.
 without_tags = functools.partial(re.compile(rb'^prvs=\w{10}=|\+[^@]*|\b\d+\b(?=[^@]*@)').sub, b'')
 #: The hash of a key and a name is a product modulo this prime, so that it is in 1 to PRIME - 1 as its factors are.
@@ -533,16 +549,15 @@ class Sticky:
 class Balancer:
     """Chooses a service for each request: affinity by instance, then prio, then weight.
 
-    By weight: smooth weighted round robin (as nginx's). At each turn every pool that is ready gains its weight; the
-    richest one has the turn, and pays what all have gained. So shares are exact over a cycle. Each change of a state
-    begins the cycles anew: a service returns without a burst.
+    Each change of a state makes the cycles anew: shares are exact over a cycle, and a service returns without a burst.
     """
 
     def __init__(self, pools: Iterable[Pool]) -> None:
         self.pools = sorted(pools, key=lambda pool: pool.service.prio)
         self.up = 0  # services that are up
         self.sticky: Sticky | None = None  #: makes the key of each request, if there is one
-        self._credits: list[dict[Pool, int]] = []  # for each prio: the pools that have places, and what each has gained
+        #: For each prio: returns the turns of one cycle, from where it stopped last; and the pools for Sticky.order().
+        self._rounds: list[tuple[Callable[[], Iterator[Pool]], list[Pool]]] = []
         #: By instance, the pool that the other requests of a message go to, too; the longest known message first.
         self.bound: dict[bytes, Pool] = {}
         self.update()
@@ -559,9 +574,13 @@ class Balancer:
             pool.places = service.max if service.state is UP else min(1 if self.up else TRIALS, service.max)
             if service.state is DOWN and (self.up or pool.checker.reason not in (DROPPED, INVALID)):
                 pool.places = 0
-        placed = [pool for pool in self.pools if pool.places]
-        prios = itertools.groupby(placed, key=lambda pool: pool.service.prio)
-        self._credits = [dict.fromkeys(pools, 0) for _, pools in prios]
+        self._rounds = []
+        for prio in sorted({pool.service.prio for pool in self.pools if pool.places}):
+            pools = [pool for pool in self.pools if pool.places and pool.service.prio == prio]
+            weights = [pool.service.weight for pool in pools]
+            number = sum(weights) // math.gcd(*weights)
+            turns = itertools.cycle(one_cycle(pools))  # as they come: all those of 100 services would take 0.3 s
+            self._rounds.append((functools.partial(itertools.islice, turns, number), pools))
 
     def alone(self, service: Service) -> bool:
         """Return whether no other service is up."""
@@ -576,24 +595,19 @@ class Balancer:
         bound = None if key else self.bound.get(instance)  # an empty instance is not in the table
         if bound is not None and bound.places and bound not in tried and not bound.stalled(now):
             return bound
-        for credit in self._credits:
-            first_up = richest = None
-            gained = 0
-            for pool in Sticky.order(key, credit) if key else credit:
-                if pool in tried or (now - pool.service.answered_at > QUIET and pool.stalled(now, key)):
+        for turns, pools in self._rounds:
+            first_up: Pool | None = None
+            looked = {*tried}  # a cycle may have many turns
+            for pool in Sticky.order(key, pools) if key else turns():
+                if pool in looked:
+                    continue
+                looked.add(pool)
+                if now - pool.service.answered_at > QUIET and pool.stalled(now, key):
                     continue  # the comparison of times saves the call, nearly always under load
                 # the first condition saves the call
                 if (pool.idle and len(pool.busy) < pool.places) or pool.ready(now, key):
-                    if key:
-                        return pool
-                    gained += pool.service.weight
-                    credit[pool] += pool.service.weight
-                    if richest is None or credit[pool] > credit[richest]:
-                        richest = pool
+                    return pool
                 first_up = first_up or (pool if pool.service.state is UP else None)
-            if richest is not None:
-                credit[richest] -= gained
-                return richest
             if first_up is not None:  # the next prio is for requests that have waited
                 return first_up if key else None
         return None
@@ -1855,10 +1869,13 @@ class Client(Wire):
         A client may be idle as long as it likes; a request that has begun has to be complete within so many seconds.
         """
         buffer = self._buffer
+        request = None
         if buffer.data:
             gevent.sleep(0)  # a client that sent several requests lets the others have their turn
-        while (request := buffer.take()) is None and not (buffer.data or self.ended or self._leaving):
+            request = buffer.take()
+        while not (buffer.data or request or self.ended or self._leaving):
             self._take_in(self.receive())
+            request = buffer.take()
         return self._rest_of_request(seconds) if request is None and buffer.data else request
 
     def _rest_of_request(self, seconds: float) -> bytes:
