@@ -213,7 +213,7 @@ VISIBLE = bytes(code if code in b'\t' or (code >= SPACE and code != 127) else or
 
 def end_of_message(data: bytes, start: int = 0) -> int:
     """Return the offset behind the first empty line, 0 while there is none; `start` skips what was seen before."""
-    data = b'\n' + data  # an empty line may be the first
+    data = b'\n' + data  # an empty line may be the first. Each offset is one more now
     if CR not in data:  # nearly always: find() takes a tenth of the time
         return data.find(b'\n\n', start) + 1
     found = EMPTY_LINE(data, start)
@@ -1015,10 +1015,10 @@ class Connector:
         for address in list(self._known):
             try:
                 return connect(*address, self._seconds / len(self._known))
-            except (OSError, gevent.Timeout) as error:
+            except (OSError, gevent.Timeout, gevent.GreenletExit) as error:
                 if self._known[:1] == [address]:
                     self.rotate(math.inf)
-                if not isinstance(error, OSError):  # the query has timed out
+                if not isinstance(error, OSError):  # the query has timed out, or the check was stopped
                     raise
                 # a timeout is reported rather than a refusal: that address may be well, and only slow
                 failure = failure if isinstance(failure, TimeoutError) else error
@@ -1061,7 +1061,7 @@ class Connection(Wire):
         """Set the state of a connection that has carried nothing."""
         self.since = self.idle_since = now  # when its last request was sent, and when that was answered
         self.expires = now + self.pool.queue.max_age
-        self.quiet = QUIET / 2  # seconds of silence that it needs behind its last answer, which doubled them at most
+        self.quiet = QUIET / 2  # seconds of silence that it needs behind its last answer: at most twice those before
         self.silent_at = -math.inf  # when it was last seen to be silent for long enough
         self.used = 0  # how many answers it gave, the one to its check included
         self.spent = ''  # why it must not be used again: ENDED or SURPLUS
@@ -1091,11 +1091,11 @@ class Connection(Wire):
         Within the service's timeout, or the seconds that are left if that is less; `user` is the greenlet that asks.
         """
         if self.used:
-            if self.since - self.idle_since >= self.quiet:
-                self.silent_at = self.since
-            elif self.since - self.silent_at > REST_AFTER * self.quiet:
+            if self.since - self.silent_at > REST_AFTER * self.quiet:
                 self._see_silence(left)
                 left -= time.monotonic() - self.since
+            elif self.since - self.idle_since >= self.quiet:
+                self.silent_at = self.since
         timer = self.timer if left >= self.timer.seconds else QueryTimeout(max(0.001, left))
         again, stop, sent = timer.again, timer.stop, False
         again(THROW_INTO, self.user, timer)
@@ -1460,7 +1460,7 @@ class Checker:
         hung = not self.passing and self.pool.service.newest - began > self._slow  # an answered one stops the elder
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
-            self.stop(*[*self.running][:1])  # found_full() may have stopped all
+            self.stop(*[*self.running][:1])  # all but the first; found_full() may have stopped all
         self.grow(now)
 
 
@@ -1584,6 +1584,8 @@ class Pool:
                 continue
             connection.since = now
             self.busy[connection] = None
+            if now - self.service.answered_at > QUIET and self.checker.due(now):
+                self.checker.grow(now)
             return connection
         return None
 
@@ -1707,7 +1709,7 @@ class Pool:
             if not self.checker.running and self.open < self.checker.full / 2:
                 self.checker.full = 0  # nothing has met the limit lately
         for connection in [*self.idle, *self.held]:
-            # used once: by its check, nearly always
+            # one that is given up, too: its message may go on. Used once: by its check, nearly always
             spare = self.open > 1 or self.checker.full or connection.used < 2 or now >= connection.expires
             if now - connection.idle_since >= (SPARE_IDLE if spare else UNHEARD):
                 self._close(connection)
@@ -1790,7 +1792,7 @@ class Queue:
         if pool.use is SINGLE_USE and pool.checker.due(now):  # before mail takes all places
             pool.checker.grow(now)
         while pool.waiting:
-            # a client that has ended was killed, nearly always: it comes last
+            # a client that has ended was killed, nearly always: it has its turn when no other waits
             waiter = next((each for each in pool.waiting if not each.client.ended), pool.waiting[0])
             waiter.connection = pool.take(waiter.client, now)
             if waiter.connection is None:
@@ -1882,8 +1884,7 @@ class Client(Wire):
         with gevent.Timeout(seconds, ClientFault(TOO_SLOW, f'no end within {seconds:.3g}s')):
             while not self.ended:
                 self._take_in(self.receive())
-                request = self._buffer.take()
-                if request is not None:
+                if request := self._buffer.take():
                     return request
         raise ClientFault(CUT_OFF, f'{len(self._buffer.data)} bytes')
 
