@@ -792,6 +792,40 @@ def test_a_check_that_waits_behind_those_that_were_closed_does_not_take_a_full_s
     assert pool.service.state is state, 'a server that hangs is down once it could have answered them'
 
 
+def test_a_late_check_of_a_full_server_is_one_more_that_the_server_has_to_answer() -> None:
+    pool, now = pool_of('A=127.0.0.1:1:::2'), time.monotonic()
+    pool.service.answered_at, pool.checker.fastest = now, 1.0
+    for since, state in ((-1, UP), (-1, UP), (1.5, UP), (2.5, UP), (5, DOWN)):
+        check = Connection(pool, now + since)
+        check.poll = select.poll().poll
+        pool.checker.running[check] = gevent.Greenlet(lambda: None)
+        if since < 0:
+            pool.checker.stop()  # two that are closed: 2 s of work
+        else:
+            pool.checker.failed(check, ServiceFailure(LATE, 'no answer within 2s'), now + since + 2)
+        assert pool.service.state is state, since
+
+
+def test_a_check_that_is_answered_and_not_yet_passed_goes_on_where_a_later_one_passes() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    unanswered, answered, later = (Connection(pool, now - ago) for ago in (3, 3, 0.1))
+    answered.used = later.used = 1
+    pool.checker.running = {each: gevent.Greenlet(lambda: None) for each in (unanswered, answered, later)}
+    pool.checker.passed(later, '', now)
+    assert [*pool.checker.running] == [answered], 'it is a connection in a moment'
+
+
+@pytest.mark.parametrize(('waits', 'checks'), [(5.9, 1), (6.1, 2)])
+def test_a_full_server_without_connections_gets_another_check_only_after_long(waits: float, checks: int) -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    pool.checker.full = 2
+    wait_in_line(pool)
+    pool.checker.grow(now)
+    pool.checker.grow(now + waits)
+    assert len(pool.checker.running) == checks, 'its children may be taken by others'
+
+
 @pytest.mark.parametrize(('check', 'mail', 'state'), [
     ('connects', 'asks', UP), ('connects', 'connects', DOWN), ('connects', '', DOWN), ('asks', 'asks', DOWN),
 ])  # fmt: skip
