@@ -2216,7 +2216,7 @@ class Status:
         self._proxy, self._options, self._log, self._started = proxy, options, log, time.monotonic()
         dumps = functools.partial(json.dumps, allow_nan=False, default=printable)
         self._samples = deque([sample(proxy)], maxlen=SAMPLES)
-        self._latest: deque[socket.socket] = deque(maxlen=STATUS_CONNECTIONS)
+        self._open: dict[socket.socket, None] = {}  # the eldest first
         install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
         #: By path: returns the status code, the type and the content of an answer.
         self._pages: dict[bytes, Callable[[], tuple[str, str, bytes]]] = {
@@ -2247,15 +2247,18 @@ class Status:
 
     def handle(self, sock: socket.socket, _address: object = None) -> None:
         """Answer one request and end; end the eldest of too many connections: silent ones must not hold up /health."""
-        if len(self._latest) == STATUS_CONNECTIONS:
-            with contextlib.suppress(OSError):  # nearly always it has ended already
-                self._latest[0].shutdown(socket.SHUT_RDWR)
-        self._latest.append(sock)
-        with sock, contextlib.suppress(OSError), gevent.Timeout(STATUS_SECONDS, TimeoutError()):
-            head = b''
-            while not end_of_message(head) and (data := sock.recv(STATUS_HEAD - len(head))):
-                head += data
-            sock.sendall(self._respond(head[: end_of_message(head)]))
+        if len(self._open) >= STATUS_CONNECTIONS:
+            with contextlib.suppress(OSError):
+                next(iter(self._open)).shutdown(socket.SHUT_RDWR)
+        self._open[sock] = None
+        try:
+            with sock, contextlib.suppress(OSError), gevent.Timeout(STATUS_SECONDS, TimeoutError()):
+                head = b''
+                while not end_of_message(head) and (data := sock.recv(STATUS_HEAD - len(head))):
+                    head += data
+                sock.sendall(self._respond(head[: end_of_message(head)]))
+        finally:
+            del self._open[sock]
 
     def _respond(self, request: bytes) -> bytes:
         """Return the answer to the head of a request (RFC 9112)."""

@@ -551,6 +551,16 @@ def test_connections_that_say_nothing_are_ended_and_others_are_served() -> None:
             sock.close()
 
 
+def test_a_slow_request_is_answered_though_many_others_come_and_go() -> None:
+    with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
+        with socket.create_connection(('127.0.0.1', proxy.status_port), timeout=20 * SCALE) as slow_one:
+            slow_one.sendall(b'GET /health HTTP/1.1\r\n')
+            for _ in range(30):
+                assert proxy.get('/health').status == 200
+            slow_one.sendall(b'\r\n')
+            assert slow_one.recv(12) == b'HTTP/1.1 200'
+
+
 def test_a_request_that_drips_in_is_cut_off() -> None:
     with stubs(echo) as (a,), StatusProxy('-s', a.service) as proxy:
         started = time.monotonic()
