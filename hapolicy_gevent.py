@@ -1876,7 +1876,11 @@ class Client(Wire):
             gevent.sleep(0)  # a client that sent several requests lets the others have their turn
             request = buffer.take()
         while not (buffer.data or request or self.ended or self._leaving):
-            self._take_in(self.receive())
+            data = self.receive()
+            # one request and no more, as nearly always: rpartition() sees that in half the time of partition()
+            if data and data[-2:] == b'\n\n' and CR not in data and not (b'\n' + data[:-1]).rpartition(b'\n\n')[1]:
+                return data
+            self._take_in(data)
             request = buffer.take()
         return self._rest_of_request(seconds) if request is None and buffer.data else request
 
