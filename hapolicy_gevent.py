@@ -1709,7 +1709,7 @@ class Pool:
             if not self.checker.running and self.open < self.checker.full / 2:
                 self.checker.full = 0  # nothing has met the limit lately
         for connection in [*self.idle, *self.held]:
-            # one that is given up, too: its message may go on. Used once: by its check, nearly always
+            # given up: its message may go on for a moment. Used once: by its check, nearly always
             spare = self.open > 1 or self.checker.full or connection.used < 2 or now >= connection.expires
             if now - connection.idle_since >= (SPARE_IDLE if spare else UNHEARD):
                 self._close(connection)
@@ -1877,9 +1877,8 @@ class Client(Wire):
             request = buffer.take()
         while not (buffer.data or request or self.ended or self._leaving):
             data = self.receive()
-            # one request and no more, as nearly always: rpartition() sees that in half the time of partition()
-            if data and data[-2:] == b'\n\n' and CR not in data and not (b'\n' + data[:-1]).rpartition(b'\n\n')[1]:
-                return data
+            if data and data[0] not in LINE_ENDS and end_of_message(data) == len(data):
+                return data  # one request and no more, as nearly always
             self._take_in(data)
             request = buffer.take()
         return self._rest_of_request(seconds) if request is None and buffer.data else request
