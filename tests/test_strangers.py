@@ -86,7 +86,7 @@ def test_i9_mail_that_every_server_hangs_up_on_sends_no_other_mail_to_another_se
 def test_i9_messages_that_no_server_answers_in_time_cost_good_mail_its_wait_alone(messages: int, maximum: str) -> None:
     behaviour = for_sender('tarpit', hang)
     with stubs(behaviour, behaviour) as (a, b):
-        services = [f'-s{server.service}:::0.5:{maximum}' for server in (a, b)]
+        services = [f'-s{server.service}:::{0.5 * SCALE:g}:{maximum}' for server in (a, b)]
         with ProxyProcess(*services, '--deadline=90') as proxy:
 
             def tarpit(_: int) -> str:
