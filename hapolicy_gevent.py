@@ -1266,8 +1266,9 @@ class Checker:
         self.full = 0  # how many connections the service served when it was found full; 0: it is not full
         self.heard_more = False  # more than an answer came to the last check: the server may speak before it is asked
         self.reason = ''  # why the last check failed; LATE also where it was hung up on late
-        #: Seconds of the last check that passed, and of the fastest since the service was down (0: none passed since).
-        self.latest, self.fastest = math.inf, 0.0
+        #: Seconds of the fastest check that passed since the service was down, and of the slowest (but for those of a
+        #: full service, which wait for a child). 0: none passed.
+        self.fastest = self.slowest = 0.0
         #: When the last check began, or a connection was given up after that; when the last failed check began.
         self.began = self._failed_at = -math.inf
         self._closed_until = -math.inf  # until when the server may have to answer checks that we closed
@@ -1299,8 +1300,8 @@ class Checker:
 
     @property
     def _slow(self) -> float:
-        """Seconds that hardly any answer takes: a server may take long for the first answer of a connection."""
-        return max(UNANSWERED, min(2 * self.fastest, self.fastest + CONNECT_TIMEOUT))
+        """Seconds that hardly any answer takes: a server may take long for each, or for the first of a connection."""
+        return max(UNANSWERED, min(2 * self.slowest, self.slowest + CONNECT_TIMEOUT))
 
     def due(self, now: float) -> bool:
         """Return whether a check is due that no request waits for."""
@@ -1362,8 +1363,10 @@ class Checker:
             return
         pool = self.pool
         self._failed_at, self.reason, self.heard_more = -math.inf, '', said is SURPLUS
-        self.latest = now - check.since
-        self.fastest = min(self.fastest or self.latest, self.latest)
+        seconds = now - check.since
+        self.fastest = min(self.fastest or seconds, seconds)
+        if not self.full:
+            self.slowest = max(self.slowest, seconds)
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until
@@ -1376,7 +1379,7 @@ class Checker:
             # mail that meets the limit of a single-use server costs a retry: there it is full until it has shown more
             self.full = self.full if (single or pool.waiting) and self.at_once < pool.service.max else 0
         # what began long before this check and is not answered may have met a worker that hangs
-        self.stop(*[other for other in self.running if check.since - other.since <= UNANSWERED or other.used])
+        self.stop(*[other for other in self.running if check.since - other.since <= self._slow or other.used])
         pool.passed = True
         pool.service.check_passed(now)
         if not single:
@@ -1433,7 +1436,8 @@ class Checker:
     def reset(self, now: float) -> None:
         """Start anew, as the service went down: a check that began before says nothing of it."""
         self.stop()
-        self.at_once, self.full, self._failed_at, self.fastest = float(self.pool.service.max), 0, now, 0.0
+        self.at_once, self.full, self._failed_at = float(self.pool.service.max), 0, now
+        self.fastest = self.slowest = 0.0
 
     def lower(self) -> None:
         """Allow fewer at once, as one more was not served: mails if the service is single use, else checks."""
@@ -1547,7 +1551,7 @@ class Pool:
     def _grows_first(self, client: Client, now: float) -> bool:
         """Return whether a request had better wait for a new connection: messages that may ask more hold the others."""
         # a check may start a process; where another service is up, the request may go there after PATIENCE
-        slow = min(HOLD, 2 * self.checker.latest) if self.queue.balancer.alone(self.service) else 0.0
+        slow = min(HOLD, 2 * self.checker.slowest) if self.queue.balancer.alone(self.service) else 0.0
         longest = max(GROWTH_PATIENCE, slow)
         wait = now - client.asked < longest and now - next(iter(self.held)).idle_since < HOLD
         return wait and self.checker.growing(now, longest)
@@ -1694,7 +1698,7 @@ class Pool:
         if self.use is not CHECKED or number <= (keep or not self.passed):
             return
         # a check may have waited for a child to be free; a mail did not
-        seconds = 20 * min(self.checker.latest, self.service.tally.mean)
+        seconds = 20 * min(self.checker.slowest, self.service.tally.mean)
         pace = max(GIVE_UP / math.sqrt(number if full else 1), seconds / number)
         if now - max(self.checker.began, self.service.checked_at) >= pace and pace < self.service.timeout / 3:
             self.passed, self.checker.began = False, now
