@@ -2025,7 +2025,8 @@ class Proxy:
         now = time.monotonic()
         client.answer(action)  # before all else, which would be a tenth of the latency that we add
         client.connection, connection.holder = connection, client if client.instance else None
-        if used == 1 and connection in pool.busy:  # the connection that ended had answered nothing but its check
+        if (used == 1 and connection in pool.busy  # what ended had answered its check alone, and no other one more
+                and all(each.used < 2 for each in (*pool.idle, *pool.held, *pool.busy))):  # fmt: skip
             pool.use_once()
         # the client may have hung up, and abandoned this request: its connection is not used again
         pool.answered(connection, action, not client.ended, now)

@@ -125,6 +125,22 @@ def test_a_server_that_ends_connections_after_answers_costs_no_default(kind: str
         assert 'is down' not in proxy.log and ') failed: ' not in proxy.log
 
 
+def test_workers_that_hang_up_on_mail_beside_well_ones_cost_a_verdict_for_each_of_their_connections() -> None:
+    """As a balancer does of whose servers one has lost its database."""
+    number = itertools.count()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if peer.requests == 1:
+            numbers[peer] = next(number)
+        if numbers[peer] % 2 and attributes(message)['instance']:
+            raise HangUp
+        echo(peer, message)
+
+    numbers: dict[Peer, int] = {}
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy:
+        assert ask_all(proxy, 10, 60).count('A') >= 590
+
+
 @pytest.mark.parametrize(
     ('seconds', 'end'), [(0.01, reset), (0.06, socket.socket.close), (0.06, reset), (1, socket.socket.close)]
 )
