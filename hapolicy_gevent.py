@@ -1622,7 +1622,9 @@ class Pool:
             alone = self.queue.balancer.alone(service)
             # strangers' slow messages may hold all places that others wait for, but good mail behind them is answered
             unanswered = now - max(service.answered_at, service.since) >= 2 * service.timeout
-            if failure.reason is LATE and (unanswered or not (alone and self.waiting)):
+            # while other mail is answered somewhere, this one may be too slow for each service: see decide()
+            counts = failure.reason is LATE and failure.at > max(each.answered_at for each in self.queue.pools)
+            if counts and (unanswered or not (alone and self.waiting)):
                 service.blame(failure, alone, now)
             elif failure.reason in (REFUSED, UNREACHABLE) and not self.checker.enabled:
                 service.turn(DOWN, failure.reason, now)  # so that this mail gets --default, not --failed

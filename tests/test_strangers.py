@@ -99,6 +99,24 @@ def test_i9_messages_that_no_server_answers_in_time_cost_good_mail_its_wait_alon
             print(f'{messages} messages, max {maximum or 100}: good mail waited {good.held()[-1]:.1f}s at most')
 
 
+def test_i9_messages_that_no_server_answers_in_time_take_no_backup_down() -> None:
+    tarpits = for_sender('tarpit', hang)
+    with stubs(tarpits, tarpits) as (a, b):
+        with (ProxyProcess(f'-s{a.service}:10::0.5', f'-s{b.service}:20::0.5') as proxy,
+              SmtpdLoad(proxy.port, 3, 0.1, second_try=False) as good):  # fmt: skip
+
+            def ask(_: int) -> None:
+                with proxy.client() as client:
+                    for _ in range(3):
+                        assert client.ask(request(sender='tarpit', instance=new_instance())) == 'dunno'
+
+            in_threads(4, ask)
+            a.stop()
+            time.sleep(1)
+        assert f'[B] ({b.service[2:]}) is' not in proxy.log, proxy.log
+        assert set(good.servers()) == {'A', 'B'}
+
+
 @pytest.mark.parametrize('position', ['oldest', 'middle', 'youngest'])
 def test_i9_slow_messages_teach_nothing_of_how_many_connections_are_served(position: str) -> None:
     with stubs(for_sender('slow', slow(3), slow(0.2))) as (a,), ProxyProcess('-s', a.service + ':::1') as proxy:
