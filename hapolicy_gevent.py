@@ -2097,7 +2097,7 @@ class Proxy:
             started = client.asked = time.monotonic()
             if log.verbose:
                 for line in request.splitlines()[:-1]:
-                    log(INFO, f'Attribute: {printable(line)}')
+                    log(INFO, f'Attribute: {printable(line[:MAX_LOG_LINE])}')
             decision = self.decide(request, client, started)
             if client.unsent:
                 client.finish_answer(self._deadline)

@@ -16,9 +16,12 @@ from typing import Any
 import gevent
 import pytest
 
+import hapolicy_gevent
 from hapolicy_gevent import (
     MAX_LOG_LINE,
+    Client,
     Log,
+    Proxy,
     Service,
     Statistics,
     parse_service,
@@ -232,6 +235,18 @@ def test_without_syslog_the_server_logs_to_stderr() -> None:
         process.terminate()
         _, said = process.communicate(timeout=15 * SCALE)
         assert re.search(r'\[LOG info\]: \[A\] \(', said.decode()), said
+
+
+def test_verbose_looks_at_no_more_of_a_value_than_the_log_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make 64 kB printable would hold up all others for 8 ms."""
+    seen: list[int] = []
+    monkeypatch.setattr(hapolicy_gevent, 'printable', lambda value: seen.append(len(value)))
+    near, far = socket.socketpair()
+    with far, contextlib.closing(Client(near)) as client:
+        far.sendall(b'request=smtpd_access_policy\nsender=%s\n\n' % (b'\1' * 60000))
+        far.shutdown(socket.SHUT_WR)
+        Proxy([parse_service('A=unix:/none')], b'dunno', b'dunno', 1, Log(verbose=True))._serve(client)
+    assert len(seen) >= 2 and max(seen) <= MAX_LOG_LINE
 
 
 def test_verbose_tells_the_way_of_a_request() -> None:
