@@ -1168,19 +1168,19 @@ class Connection(Wire):
         self.spent = SURPLUS if more else self.spent
         return action
 
-    def check(self) -> tuple[str, bytes]:
+    def check(self, deadline: float = math.inf) -> tuple[str, bytes]:
         """Ask our own question; return what came behind the answer, as look() does, and the action.
 
         If the server hangs up or answers wrongly it is asked once more: once proves nothing. Raises ServiceFailure.
         """
         try:
-            action = self.ask(CHECK)
+            action = self.ask(CHECK, deadline - self.since)
         except ServiceFailure as failure:
             if failure.reason not in (DROPPED, INVALID):
                 raise
             self.pool.connector.rotate(self.since)
             self.reopen()
-            action = self.ask(CHECK)
+            action = self.ask(CHECK, deadline - self.since)
         self.pool.service.check_answered(self.since, time.monotonic())
         said = self.spent or self.listen(QUIET)
         self.idle_since = self.silent_at = time.monotonic()
@@ -1602,15 +1602,17 @@ class Pool:
         quiet, most = QUIET + now - connection.since, 2 * connection.quiet
         connection.idle_since, connection.quiet = now, quiet if quiet < most else most
         keep = reuse and current and not connection.spent
-        if self.use is not CHECKED:
-            # a mail that waits long on a new connection may lie there unread: the server has few workers
-            keep = (keep and self.use is UNCHECKED and now > self.once_until
-                    and not any(not each.used and now - each.since > UNANSWERED for each in self.busy))  # fmt: skip
-            if self.use is SINGLE_USE and not self.checker.full:  # if it is full, one more for each passed check
+        if self.use is not CHECKED or self.checker.full:
+            keep = keep and self.use is not SINGLE_USE and now > self.once_until and not self._unread(now)
+            if not self.checker.full and self.use is SINGLE_USE:  # if it is full, one more for each passed check
                 self.checker.at_once = min(self.checker.at_once + 1 / self.checker.at_once, self.service.max)
         if connection.spent is SURPLUS and current:
             self.said_more('more than one answer to a request', now)
         self._release(connection, keep, now)
+
+    def _unread(self, now: float) -> bool:
+        """Return whether a mail waits long on a new connection: a server of few workers may not have read it."""
+        return any(not each.used and now - each.since > UNANSWERED for each in self.busy)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
         """Close a connection whose mail was not answered, and start a check."""
@@ -1717,7 +1719,7 @@ class Pool:
         for connection in [*self.idle, *self.held]:
             # given up: its message may go on for a moment. Used once: by its check, nearly always
             spare = self.open > 1 or self.checker.full or connection.used < 2 or now >= connection.expires
-            if now - connection.idle_since >= (SPARE_IDLE if spare else UNHEARD):
+            if now - connection.idle_since >= (SPARE_IDLE if spare else UNHEARD) or self._unread(now):
                 self._close(connection)
 
     def report(self, text: str) -> None:
@@ -2037,24 +2039,31 @@ class Proxy:
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Collection[Pool]) -> Connection:
         """Return a connection that carries a request to the same service, in place of one that ended.
 
-        A new connection without a check, in the same place. But the idle one that has given the fewest answers, if
-        these are fewer: the server may end each after so many. And one that comes free where the service is full. Both
-        have to be silent before they are asked. Raises ServiceFailure.
+        A new connection in the same place, without a check unless the service is full: its place may be taken. But the
+        idle connection that has given the fewest answers, if these are fewer: the server may end each after so many.
+        And one that comes free where no new one is served. Both have to be silent first. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
+        others = [other for other in self.pools.values() if other is not pool]
+        if any(other.service.state is UP and other not in tried for other in others):
+            deadline = min(deadline, now + STALLED_PATIENCE)  # the next service may answer
         pool.idle.sort(key=lambda each: each.used, reverse=True)  # take() takes the last one, unless that needs a rest
         least = pool.idle[-1] if pool.idle else connection
-        if connection.used and not pool.checker.full and (least.used >= connection.used or least.needs_rest(now)):
+        if connection.used and (least.used >= connection.used or least.needs_rest(now)):
             connection.reopen()
-            return connection
+            if not pool.checker.full:
+                return connection
+            pool.checker.stop(*[check for check in pool.checker.running if check.used])  # this has its child
+            with contextlib.suppress(ServiceFailure):
+                if connection.check(deadline)[0] == '':
+                    connection.since = time.monotonic()
+                    return connection
+            now = time.monotonic()
         pool.busy.pop(connection, None)
         if not connection.used:  # single use, and the server may have a limit: a check finds out
             pool.checker.lower()
             pool.checker.grow(now, more=True)
         pool.give_back(connection, unused=False)
-        others = [other for other in self.pools.values() if other is not pool]
-        if any(other.service.state is UP and other not in tried for other in others):
-            deadline = min(deadline, now + STALLED_PATIENCE)  # the next service may answer
         if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
             raise Ended(DROPPED, 'it ended without an answer, and no other connection came free')
         found.silent_at = -math.inf  # it has to be silent first

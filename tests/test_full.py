@@ -159,6 +159,44 @@ def test_a_server_with_a_limit_whose_first_answers_take_long_is_not_taken_for_de
         assert a.accepted < 100, 'it was asked again and again, though it had just hung up'
 
 
+@pytest.mark.parametrize(('most', 'takes', 'full'), [(8, 0.01, False), (30, 0.05, True)])
+def test_a_server_of_few_children_that_hangs_up_at_one_request_more_loses_no_verdict(
+    most: int, takes: float, full: bool
+) -> None:
+    def behave(peer: Peer, message: bytes) -> None:
+        if peer.requests > most:
+            raise HangUp
+        time.sleep(takes)
+        echo(peer, message)
+
+    with Prefork(4, behave) as a, ProxyProcess('-s', a.service) as proxy:
+        with SmtpdLoad(proxy.port, 20, 0.1, second_try=False):
+            time.sleep(8)
+        assert ('is full' in proxy.log) is full and 'is down' not in proxy.log
+
+
+def test_a_full_server_has_a_message_that_makes_it_hang_up_twice_at_most() -> None:
+    with Prefork(3, for_sender('poison', hang_up, slow(0.005))) as a, ProxyProcess('-s', a.service) as proxy:
+        with SmtpdLoad(proxy.port, 10, 0.01, second_try=False), proxy.client() as client:
+            wait_until(lambda: 'is full' in proxy.log)
+            for _ in range(20):
+                assert client.ask(request(sender='poison', instance=new_instance())) == 'dunno'
+        assert b''.join(a.requests).count(b'sender=poison\n') <= 40
+
+
+def test_a_server_without_a_limit_whose_answers_take_long_each_is_not_full() -> None:
+    takes = itertools.cycle([0.2, 0.5, 0.9, 1.4, 1.9, 2.3])  # the checks' answers, too
+
+    def behave(peer: Peer, message: bytes) -> None:
+        time.sleep(next(takes))
+        echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy:
+        seconds = seconds_of(lambda: ask_all(proxy, 40, 4))
+        assert 'is full' not in proxy.log
+        print(f'four answers of 1.2 s, behind a check of as much, took {seconds:.1f} s')
+
+
 def test_max_holds_for_connections_and_checks_together() -> None:
     with stubs(slow(0.05)) as (a,), ProxyProcess('-s', a.service + '::::3') as proxy:
         seen: Counter[int] = Counter()

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import hapolicy_gevent
 from hapolicy_gevent import (
     BACKOFF_MAX,
+    CHECK,
     DOWN,
     DROPPED,
     ENDED,
@@ -85,10 +86,13 @@ class ModelConnection(Connection):
         assert isinstance(self.pool.queue, ModelQueue)
         model = self.pool.queue.model
         try:
-            return model.ask(self, min(left, self.pool.service.timeout))
+            return model.ask(self, min(left, self.pool.service.timeout), request is CHECK)
         except AssertionError as fault:  # the program would take it for a fault of its own
             model.faults.append(fault)
             raise
+
+    def listen(self, seconds: float) -> str:
+        return self.look()
 
     def close(self) -> None:
         self.dead = True
@@ -157,6 +161,7 @@ class Request:
         self.asked: list[Pool] = []
         self.retried = False
         self.asking: tuple[Connection, float] | None = None  # by which connection, and until when
+        self.checks = False  # whether it asks the check, before it is sent again to a full server
         self.outcome: bytes | ServiceFailure | None = None
         self.ready: Any = lambda: True
         self.until = 0.0
@@ -236,13 +241,16 @@ class Model(RuleBasedStateMachine):
         request.ready, request.until = ready, until
         self.main.switch()
 
-    def ask(self, connection: Connection, seconds: float) -> bytes:
+    def ask(self, connection: Connection, seconds: float, checks: bool) -> bytes:
         """Stop the request that runs until its server did something, or it is late."""
         request = next(each for each in self.requests if each.greenlet is getcurrent())
         pool = connection.pool
         assert not connection.dead, 'mail rides on a connection that has ended'  # type: ignore[attr-defined]
         assert connection in pool.busy
-        if pool in request.asked:
+        request.checks = checks
+        if checks:
+            assert pool.checker.full and pool is request.asked[-1]
+        elif pool in request.asked:
             assert request.asked[-1] is pool and not request.retried, 'asked twice'
             request.retried = True
         else:
@@ -353,6 +361,8 @@ class Model(RuleBasedStateMachine):
         assert request.asking is not None
         connection = request.asking[0]
         again = connection.used
+        if request.checks and kind in ('cannot be checked', 'hangs up on mail', 'hangs with mail'):
+            kind = DEAD if kind == 'cannot be checked' else WELL
         if kind is DEAD:
             request.outcome = (Ended if again else ServiceFailure)(DROPPED, 'ended')
         elif kind == 'hangs up on mail':

@@ -111,6 +111,18 @@ def test_i2_what_comes_after_a_connection_was_taken_and_before_it_is_used_is_no_
             connection.ask(request())
 
 
+@pytest.mark.parametrize('waits', [2, 0.5])
+def test_no_connection_is_kept_idle_while_a_mail_waits_long_on_a_new_one(waits: float) -> None:
+    """A server of few workers has not read it, and the idle connection may hold the worker that could."""
+    pool, now = pool_of('A=unix:/a'), time.monotonic()
+    idle, mail = Connection(pool, now), Connection(pool, now - waits)
+    idle.used = 9
+    pool.idle.append(idle)
+    pool.busy[mail] = None
+    pool.prune(now)
+    assert pool.idle == ([] if waits > 1 else [idle])
+
+
 def test_a_retry_is_not_sent_on_a_connection_that_ends_too() -> None:
     """As at a full server, each of whose connections ends a moment after so many answers."""
 
