@@ -819,11 +819,12 @@ class Log:
         reported = 0
         while self._more.wait():
             lines, self._lines = self._lines, []
-            with contextlib.suppress(Exception):  # no thread can be started, for example: the log goes on
+            with contextlib.suppress(Exception):  # it cannot be written, or no thread be started: the log goes on
                 if self._ident:
                     lines = self.to_syslog(lines)
                 if self._fd >= 0:
-                    lines = self._to_descriptor(lines)
+                    self._to_descriptor(lines)
+                    lines = []
             self.lost += len(lines)
             if not lines and self.lost > reported:
                 self._lines.append((WARNING, f'{self.lost - reported} log lines were lost'))
@@ -850,14 +851,11 @@ class Log:
                     break
         return False
 
-    def _to_descriptor(self, lines: list[Line]) -> list[Line]:
+    def _to_descriptor(self, lines: list[Line]) -> None:
         texts = [f'{MARK.format(level)}[LOG {LEVELS[level]}]: {text}\n' for level, text in lines]
         data = ''.join(texts).encode('utf-8', 'backslashreplace')
-        with contextlib.suppress(OSError):
-            while data:  # in a thread, as the reader may stop reading
-                data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
-            return []
-        return lines
+        while data:  # in a thread, as the reader may stop reading
+            data = data[gevent.get_hub().threadpool.apply(os.write, (self._fd, data)) :]
 
     def close(self) -> None:
         """Write what is queued, for a second at most."""
