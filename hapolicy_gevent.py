@@ -2600,10 +2600,9 @@ def open_listener(address: Address, mode: int, reuse: bool) -> socket.socket:
         if not reuse:
             connect(socket.AF_UNIX, address.host).close()
             raise OSError('Address already in use')
-    sock = socket.socket(socket.AF_UNIX)
-    sock.bind(os.path.join(os.path.dirname(address.host), f'.{os.urandom(4).hex()}'))
-    os.chmod(sock.getsockname(), mode)
-    sock.listen(backlog)
+    beside = os.path.join(os.path.dirname(address.host), f'.{os.urandom(4).hex()}')
+    sock = socket.create_server(beside, family=socket.AF_UNIX, backlog=backlog)
+    os.chmod(beside, mode)
     return sock
 
 
