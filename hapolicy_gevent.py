@@ -480,15 +480,14 @@ def parse_service(text: str) -> Service:
                        parse_number(maximum, 'max', 1, 10**6) if maximum else DEFAULT_MAX)  # fmt: skip
 
 
-def one_cycle(pools: Sequence[Pool]) -> Iterator[Pool]:
+def one_cycle(pools: Sequence[Pool], turns: int) -> Iterator[Pool]:
     """Yield each pool as often as its service's weight says, interleaved: smooth weighted round robin (as nginx's).
 
     At each turn every pool gains its weight. The richest pool has the turn, and pays what all have gained.
     """
-    weights = [pool.service.weight for pool in pools]
-    total = sum(weights)
+    total = sum(pool.service.weight for pool in pools)
     credit = dict.fromkeys(pools, 0)
-    for _ in range(total // math.gcd(*weights)):
+    for _ in range(turns):
         for pool in pools:
             credit[pool] += pool.service.weight
         richest = max(pools, key=credit.__getitem__)
@@ -579,7 +578,7 @@ class Balancer:
             pools = [pool for pool in self.pools if pool.places and pool.service.prio == prio]
             weights = [pool.service.weight for pool in pools]
             number = sum(weights) // math.gcd(*weights)
-            turns = itertools.cycle(one_cycle(pools))  # as they come: all those of 100 services would take 0.3 s
+            turns = itertools.cycle(one_cycle(pools, number))  # as they come: all of 100 services would take 0.3 s
             self._rounds.append((functools.partial(itertools.islice, turns, number), pools))
 
     def alone(self, service: Service) -> bool:
