@@ -174,11 +174,7 @@ TOO_LONG, TOO_SLOW, CUT_OFF, NOT_TAKEN, RESET = CLIENT_FAULTS = (
 
 
 class ClientFault(Exception):
-    """The client's fault: its connection is closed; `reason` is one of CLIENT_FAULTS."""
-
-    def __init__(self, reason: str, text: str = '') -> None:
-        super().__init__(f'{reason}, {text}' if text else reason)
-        self.reason = reason
+    """The client's fault: its connection is closed. Its arguments: one of CLIENT_FAULTS, and a text that says more."""
 
 
 class ServiceFailure(Exception):
@@ -2087,10 +2083,11 @@ class Proxy:
         try:
             self._serve(client)
         except (ClientFault, OSError) as error:
-            fault = error if isinstance(error, ClientFault) else ClientFault(RESET)
-            self.statistics.refused[fault.reason] += 1
+            reason, *more = error.args if isinstance(error, ClientFault) else (RESET,)
+            self.statistics.refused[reason] += 1
             where = f' from {address[0]}:{address[1]}' if isinstance(address, tuple) else ''  # '': a unix socket
-            self._log(WARNING if fault.reason is TOO_LONG else NOTICE, f'Client connection closed{where}: {fault}')
+            text = ', '.join([reason, *more])
+            self._log(WARNING if reason is TOO_LONG else NOTICE, f'Client connection closed{where}: {text}')
         finally:
             self.clients.discard(client)
             if client.connection is not None:
