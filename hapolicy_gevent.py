@@ -2227,21 +2227,20 @@ class Status:
         import json
 
         self._proxy, self._options, self._log, self._started = proxy, options, log, time.monotonic()
-        dumps = functools.partial(json.dumps, allow_nan=False, default=printable)
         self._samples = deque([sample(proxy)], maxlen=SAMPLES)
         self._open: dict[socket.socket, None] = {}  # the eldest first
         install = f'install python3-prometheus-client, or run {sys.executable} -m pip install prometheus-client'
         #: By path: returns the status code, the type and the content of an answer.
-        self._pages: dict[bytes, Callable[[], tuple[str, str, bytes]]] = {
-            b'/': lambda: ('200 OK', 'text/html', STATUS_PAGE.encode()),
-            b'/status.json': lambda: ('200 OK', 'application/json', dumps(self.data()).encode()),
-            b'/metrics': lambda: ('501 Not Implemented', 'text/plain', f'{install}, then restart hapolicy\n'.encode()),
+        self._pages: dict[bytes, Callable[[], tuple[str, str, str]]] = {
+            b'/': lambda: ('200 OK', 'text/html', STATUS_PAGE),
+            b'/status.json': lambda: ('200 OK', 'application/json', json.dumps(self.data(), default=printable)),
+            b'/metrics': lambda: ('501 Not Implemented', 'text/plain', f'{install}, then restart hapolicy\n'),
             b'/health': self._health,
         }
         with contextlib.suppress(ImportError):  # imported now: in the first scrape it would hold up mail for 0.1 s
             from prometheus_client import generate_latest
 
-            self._pages[b'/metrics'] = lambda: ('200 OK', 'text/plain; version=0.0.4', generate_latest(self))
+            self._pages[b'/metrics'] = lambda: ('200 OK', 'text/plain; version=0.0.4', generate_latest(self).decode())
         self._built = functools.lru_cache(len(self._pages))(lambda build, _: build())
         style, script = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                          for text in re.findall(r'<(?:style|script)>(.*?)</', STATUS_PAGE, re.DOTALL)]  # fmt: skip
@@ -2249,12 +2248,12 @@ class Status:
         self._timer: Any = gevent.get_hub().loop.timer(SAMPLE_SECONDS, repeat=SAMPLE_SECONDS)
         self._timer.start(lambda: self._samples.append(sample(proxy)))
 
-    def _health(self) -> tuple[str, str, bytes]:
+    def _health(self) -> tuple[str, str, str]:
         """Return the answer to /health: whether new clients should be sent here, and why not."""
         headline = self.data()['headline']
         code = '503 Service Unavailable' if headline['level'] == 'bad' or self._proxy.draining else '200 OK'
         text = 'ok' if headline['level'] == 'ok' else headline['text']
-        return code, 'text/plain', f'{text}\n'.encode()
+        return code, 'text/plain', f'{text}\n'
 
     # -- HTTP
 
@@ -2277,16 +2276,16 @@ class Status:
         """Return the answer to the head of a request (RFC 9112)."""
         asked = re.match(HTTP_REQUEST, request)
         method, path = asked.groups() if asked else (b'', b'')
-        code, kind, body = '404 Not Found', 'text/plain', b'there are /, /status.json, /metrics and /health\n'
+        code, kind, body = '404 Not Found', 'text/plain', 'there are /, /status.json, /metrics and /health\n'
         if not method:
-            code, body = '400 Bad Request', b'not understood\n'
+            code, body = '400 Bad Request', 'not understood\n'
         elif method not in (b'GET', b'HEAD'):
-            code, body = '405 Method Not Allowed', b'only GET and HEAD are answered\n'
+            code, body = '405 Method Not Allowed', 'only GET and HEAD are answered\n'
         elif path in self._pages:
             often = min(4, 40 / len(self._proxy.pools))  # pages a second, at most: mail waits while one is built
             code, kind, body = self._built(self._pages[path], int(time.monotonic() * often))
-        head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
-        return f'{head}{self._headers}\r\n'.encode() + (b'' if method == b'HEAD' else body)
+        head = f'HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body.encode())}\r\n'
+        return f'{head}{self._headers}\r\n{"" if method == b"HEAD" else body}'.encode()
 
     # -- status.json
 
