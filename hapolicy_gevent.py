@@ -98,7 +98,7 @@ from greenlet import getcurrent, greenlet
 
 __version__ = '2.1.0'
 
-# --- Constants -------------------------------------------------------------------------------------------------------
+# --- Constants; docs/operations.md says more of each limit -----------------------------------------------------------
 
 MAX_MESSAGE = 65536  #: bytes of one request or answer, at most; Postfix sends under 20 kB
 RECEIVE = 8192  #: bytes asked from one recv(): a usual request has 600, and 64 kB would be allocated each time
@@ -109,45 +109,34 @@ DEFAULT_MAX = 100  #: requests in flight per service: Postfix's default_process_
 CONNECT_TIMEOUT = 5.0  #: seconds to connect, of a service's timeout: two lost SYNs (1 s + 2 s) and some room
 
 QUIET = 0.05  #: seconds of silence behind an answer that prove that no second one follows
-#: A connection needs a silence of QUIET and of what its last answer took. If it is used for so many times as long
-#: without one, it rests before its next use.
-REST_AFTER = 20
+REST_AFTER = 20  #: a connection that was used for so many times the silence that it needs, without one, rests
 CHECK_AFTER = 10  #: mails sent since a service answered last, after which a check is to say whether it hangs
 HOLD = 1.0  #: seconds for which a message holds the connection that answered it
 SPARE_IDLE = 2.0  #: seconds an idle connection is kept while another one is open: a server may have few workers
 ONCE = 60.0  #: seconds for which each connection carries one request, after a server sent more than an answer
-#: Seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl. Under spawn(8) GIVE_UP.
-MAX_AGE = 1000.0
-#: Seconds between connections that are given up: another proxy, or a Postfix, may wait for one of the server's few
-#: children. Divided by the root of their number where the server is full.
-GIVE_UP = 1.5
+MAX_AGE = 1000.0  #: seconds a server connection is used at most: Postfix's own smtpd_policy_service_max_ttl
+GIVE_UP = 1.5  #: seconds between connections that are given up: others may wait for one of the server's few children
 LOOKUP = 1.0  #: seconds that a new connection waits for the lookup of a host name; then the last address is taken
 
 TICK = 0.1  #: seconds from one look at the running checks to the next
 UNANSWERED = 1.0  #: a service is full if it answers what was sent so many seconds after a check that has no answer
 UNHEARD = 30.0  #: seconds without any answer after which a service is checked, and its last idle connection closed
-#: Seconds between checks of a service that is down: the first pause, which each failed check doubles, and the longest.
-#: The first also while no service is up, and where a service is full. SOON: the pause in an outage's first moments.
+#: Seconds between checks of a service that is down: the first pause, the longest, the one in its first moments.
 BACKOFF_FIRST, BACKOFF_MAX, SOON = 1.0, 30.0, 0.1
-#: A factor of these pauses, 0.8 to 1.2: proxies that saw the same server die must not all check it at once.
-JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255
-#: Mails at once at a service on trial, while no service is up; and seconds for which other mail, if it can wait for
-#: nothing else, waits for the answer to one of these mails or to a check.
+JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255  #: a factor of these: proxies must not check a dead server all at once
+#: Mails at once at a service on trial, while no service is up; seconds that other mail waits for one of their answers.
 TRIALS, TRIAL_PATIENCE = 5, 0.5
 MAX_INSTANCES = 40000  #: messages whose service is remembered, and those of one second: ten minutes of a very busy site
 MAX_INSTANCE = 128  #: bytes of an instance that is remembered; Postfix's have about 30
 
-#: Seconds without a request after which a client is closed at once when we drain. A client that asked later is closed
-#: with its next answer: its next request may be on the way already.
-LINGER = 1.0
+LINGER = 1.0  #: seconds without a request after which a drain closes a client at once: else the next may be under way
 RESERVED, MIN_DEADLINE = 0.005, 0.1  #: seconds of --deadline reserved for the default action; the shortest --deadline
 ANSWER_PART = 0.2  #: the part of --deadline in which a request no longer waits for a connection, at most
 #: Seconds that a request waits for a new connection, before it takes one that another message holds; for the service
 #: it was balanced to, before it may go to another one; the same with --sticky, where another greylist would defer it;
 #: and before it may go to a service that a slow message has stalled.
 GROWTH_PATIENCE, PATIENCE, STICKY_PATIENCE, STALLED_PATIENCE = PATIENCES = 0.08, 0.1, 1.0, 1.0
-#: Bytes of an attribute that are logged, and that --sticky compares; values whose compared part is cached, for each.
-MAX_VALUE, MAX_VALUES = 320, 4096
+MAX_VALUE, MAX_VALUES = 320, 4096  #: bytes of an attribute that are logged and compared; values cached for --sticky
 
 MAX_LOG_LINES, MAX_LOG_LINE = 10000, 8000  #: lines that wait for the log daemon; characters: rsyslog cuts at 8 kB, too
 LOG_AGAIN = 600.0  #: seconds until it is logged again that no further clients are served
