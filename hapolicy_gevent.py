@@ -604,9 +604,7 @@ class Balancer:
         with a key for one pool, for STICKY_PATIENCE. Then it may wait for all pools, after STALLED_PATIENCE for stalled
         ones, too. If none admits it, it may wait for a check that has just begun.
         """
-        pools = self.pools
-        if key:
-            pools = sorted(Sticky.order(key, pools), key=lambda pool: pool.service.prio)
+        pools = sorted(Sticky.order(key, self.pools) if key else self.pools, key=lambda pool: pool.service.prio)
         left = [pool for pool in pools if pool not in tried]
         admitting = [pool for pool in left if pool.admits(waited, now)]
         if not admitting and (self.up or any(pool.checker.restarts(now) for pool in pools)):
@@ -616,8 +614,7 @@ class Balancer:
             return active
         if first in active:
             return [first]
-        best_prio = [pool for pool in active if pool.service.prio == active[0].service.prio]
-        return best_prio[:1] if key else best_prio
+        return active[:1] if key else [pool for pool in active if pool.service.prio == active[0].service.prio]
 
     def forget(self) -> None:
         """Forget the older half of the messages, once there are too many."""
