@@ -637,10 +637,11 @@ Line: TypeAlias = 'tuple[int, str]'  #: severity and text of a line for the log
 #: What a request got: the action, the service that was asked last, how many services were asked, and why.
 Decision: TypeAlias = 'tuple[bytes, Service | None, int, str]'
 
-#: What an action does to a mail, for counting: access(5) names many.
+#: What an action does to a mail, for counting; and by the words of access(5), but for reply codes and restrictions.
 OK, REJECT, DEFER, PREPEND, OTHER = VERDICTS = ('ok', 'reject', 'defer', 'prepend', 'other')
 VERDICT_OF = {b'dunno': OK, b'ok': OK, b'permit': OK, b'reject': REJECT, b'defer': DEFER, b'defer_if_permit': DEFER,
-              b'defer_if_reject': DEFER, b'prepend': PREPEND}  # fmt: skip
+              b'defer_if_reject': DEFER, b'prepend': PREPEND,
+              **dict.fromkeys(b'bcc discard filter hold info redirect relay warn'.split(), OTHER)}  # fmt: skip
 
 
 @functools.lru_cache(100)
@@ -2435,9 +2436,6 @@ def parse_sticky(text: str, option: str) -> Sticky:
     return Sticky(text, attributes)
 
 
-#: What an action of access(5) begins with, if not with a reply code or a restriction.
-ACTIONS = {*VERDICT_OF, b'bcc', b'discard', b'filter', b'hold', b'info', b'redirect', b'relay', b'warn'}
-
 #: What reads the value of each option. All values of -s and --listen count, of each other option the last one.
 PARSERS: dict[str, Callable[[str, str], Any]] = {
     '--service': lambda text, _: parse_service(text),
@@ -2631,7 +2629,7 @@ def review(options: SimpleNamespace, log: Log) -> None:
     if os.geteuid() == 0:
         log(WARNING, 'Started as root: run it as a user without privileges')
     for action, option in {options.failed: '--failed', options.default: '--default'}.items():  # one, if they are equal
-        if action.split()[0].lower() not in ACTIONS and verdict(action) is OTHER:
+        if action.split()[0].lower() not in VERDICT_OF and verdict(action) is OTHER:
             log(WARNING, f"{option} '{printable(action)}' is no action of access(5), unless it names a restriction")
     longest = options.deadline / min(2, len(options.service))
     for service in options.service:
