@@ -329,7 +329,7 @@ def parse_seconds(text: str, what: str, low: float = 0.001) -> float:
 
 def parse_host(host: str) -> tuple[int, str]:
     """Return the family of a host as it is written, and the host without brackets. Raises UsageError."""
-    in_brackets = re.fullmatch(r'\[([^%]*)(%[A-Za-z0-9._-]+)?\]', host) if host[:1] == '[' else None
+    in_brackets = re.fullmatch(r'\[([^%]*)(%[A-Za-z0-9._-]+)?\]', host)
     with contextlib.suppress(OSError, ValueError):
         socket.inet_pton(socket.AF_INET6 if in_brackets else socket.AF_INET, in_brackets[1] if in_brackets else host)
         return (socket.AF_INET6, host[1:-1]) if in_brackets else (socket.AF_INET, host)
