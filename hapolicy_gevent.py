@@ -2487,7 +2487,7 @@ def parse_command_line(argv: Sequence[str]) -> SimpleNamespace:
 
 def is_client(fd: int) -> bool:
     """Return whether a descriptor is the client's socket, as stdin is under spawn(8)."""
-    return stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.samestat(os.fstat(0), os.fstat(fd))
+    return stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.sameopenfile(0, fd)
 
 
 def complain(text: str) -> None:
