@@ -205,27 +205,13 @@ def end_of_message(data: bytes, start: int = 0) -> int:
     return found.end() - 1 if found else 0
 
 
-class RequestBuffer:
-    """The bytes of one client, cut into requests whatever way they arrive."""
-
-    __slots__ = ('_scanned', 'data')
-
-    def __init__(self) -> None:
-        self.data = b''  #: received and not yet taken: append to it
-        self._scanned = 0
-
-    def take(self) -> bytes | None:
-        """Return the next complete request with its empty line, None while there is none. Raises ClientFault."""
-        if not self._scanned:  # empty lines before a request are skipped
-            self.data = self.data.lstrip(LINE_ENDS)
-        data = self.data
-        end = end_of_message(data, self._scanned)
-        if (end or len(data)) > MAX_MESSAGE:
-            raise ClientFault(TOO_LONG, f'no end of a request within {MAX_MESSAGE} bytes')
-        # an empty line may be cut in two: its first bytes are looked at again
-        self._scanned = 0 if end else max(0, len(data) - 2)
-        self.data = data[end:]
-        return data[:end] or None
+def first_request(data: bytes) -> tuple[bytes, bytes]:
+    """Return the first request with its empty line, b'' while it is incomplete; and the rest. Raises ClientFault."""
+    data = data.lstrip(LINE_ENDS)  # empty lines before a request are skipped
+    end = end_of_message(data)
+    if (end or len(data)) > MAX_MESSAGE:
+        raise ClientFault(TOO_LONG, f'no end of a request within {MAX_MESSAGE} bytes')
+    return data[:end], data[end:]
 
 
 def attribute(request: bytes, name: bytes) -> bytes:
@@ -1823,10 +1809,10 @@ class Queue:
 class Client(Wire):
     """A Postfix connection: requests in, answers out, in order."""
 
-    __slots__ = ('_buffer', '_leaving', 'asked', 'closing', 'connection', 'ended', 'instance', 'key', 'unsent')
+    __slots__ = ('_data', '_leaving', 'asked', 'closing', 'connection', 'ended', 'instance', 'key', 'unsent')
 
     def __init__(self, sock: socket.socket) -> None:
-        self._buffer = RequestBuffer()
+        self._data = b''  # received, and no part of a request that was returned
         self.ended = False  # it will send nothing more, or we have sent our end
         self.closing = False  # its next answer is its last
         self._leaving = False  # it is closed now, unless a request has begun
@@ -1846,38 +1832,38 @@ class Client(Wire):
         except OSError:
             self.pause()
             self.user.throw(ClientFault(RESET))  # wherever its greenlet waits: for a service, most likely
-        if self.ended or len(self._buffer.data) > MAX_MESSAGE:
+        if self.ended or len(self._data) > MAX_MESSAGE:
             self.pause()
 
     def _take_in(self, data: bytes | None) -> None:
         self.ended = self.ended or data is None
-        self._buffer.data += data or b''
+        self._data += data or b''
 
     def request(self, seconds: float) -> bytes | None:
         """Return the next request, None at the client's end. Raises ClientFault, OSError.
 
         A client may be idle as long as it likes; a request that has begun has to be complete within so many seconds.
         """
-        buffer = self._buffer
-        request = None
-        if buffer.data:
+        request = b''
+        if self._data:
             gevent.sleep(0)  # a client that sent several requests lets the others have their turn
-            request = buffer.take()
-        while not (buffer.data or request or self.ended or self._leaving):
+            request, self._data = first_request(self._data)
+        while not (self._data or request or self.ended or self._leaving):
             data = self.receive()
             if data and data[0] not in LINE_ENDS and end_of_message(data) == len(data):
                 return data  # one request and no more, as nearly always
             self._take_in(data)
-            request = buffer.take()
-        return self._rest_of_request(seconds) if request is None and buffer.data else request
+            request, self._data = first_request(self._data)
+        return request or (self._rest_of_request(seconds) if self._data else None)
 
     def _rest_of_request(self, seconds: float) -> bytes:
         with gevent.Timeout(seconds, ClientFault(TOO_SLOW, f'no end within {seconds:.3g}s')):
             while not self.ended:
                 self._take_in(self.receive())
-                if request := self._buffer.take():
+                request, self._data = first_request(self._data)
+                if request:
                     return request
-        raise ClientFault(CUT_OFF, f'{len(self._buffer.data)} bytes')
+        raise ClientFault(CUT_OFF, f'{len(self._data)} bytes')
 
     def answer(self, action: bytes) -> None:
         """Send what the kernel takes of an answer now; finish_answer() sends the rest, and meets the errors."""
@@ -1893,7 +1879,7 @@ class Client(Wire):
         By TCP both are in one segment: Postfix looks for an end before it sends a request, and so never sends one into
         a closed connection. Raises ClientFault, OSError.
         """
-        last = self.closing and not self._buffer.data and not self.ended
+        last = self.closing and not self._data and not self.ended
         if last and self.socket.family != socket.AF_UNIX:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         with gevent.Timeout(seconds, ClientFault(NOT_TAKEN, f'{len(self.unsent)} bytes')):
@@ -1901,7 +1887,7 @@ class Client(Wire):
         self.unsent = b''
         if last and self.socket.family == socket.AF_UNIX:
             self.unexpected()  # the answer arrived before our end will: a request sent meanwhile is answered
-            last = not self._buffer.data and not self.ended
+            last = not self._data and not self.ended
         if last:
             self.ended = True
             self.socket.shutdown(socket.SHUT_WR)
@@ -1909,7 +1895,7 @@ class Client(Wire):
     def drain(self, now: float) -> None:
         """Close the connection with its next answer; now if it is idle, and no request is expected soon."""
         self.closing = True
-        if self._waits and not self._buffer.data and now - self.asked > LINGER:
+        if self._waits and not self._data and now - self.asked > LINGER:
             self._leaving = True
             self._hub.loop.run_callback(self._readable)
 

@@ -7,7 +7,7 @@ import random
 import socket
 import time
 
-from hapolicy_gevent import ClientFault, InvalidAnswer, RequestBuffer, attribute, parse_answer, printable
+from hapolicy_gevent import ClientFault, InvalidAnswer, attribute, first_request, parse_answer, printable
 from tests.servers import checked
 from tests.support import HangUp, Peer, ProxyProcess, in_threads, request, stubs, wait_until
 
@@ -26,17 +26,19 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
 def test_the_protocol_code_under_mutated_bytes() -> None:
     chance = random.Random(7)
     whole = request(instance='i1', sender='a=b')
-    buffer = RequestBuffer()
+    rest = b''
     for _ in range(ROUNDS):
         with contextlib.suppress(InvalidAnswer):
             parse_answer(mutated(b'foo=bar\naction=DUNNO i1\n\n', chance), chance.random() < 0.5)
-        buffer.data += mutated(whole, chance)
+        rest += mutated(whole, chance)
         try:
-            while (one := buffer.take() if buffer.data else None) is not None:
+            one, rest = first_request(rest)
+            while one:
                 assert one.endswith(b'\n')
                 printable(attribute(one, b'sender') + attribute(one, b'request'))
+                one, rest = first_request(rest)
         except ClientFault:
-            buffer = RequestBuffer()
+            rest = b''
 
 
 def test_a_live_process_under_mutated_requests_and_answers() -> None:

@@ -16,9 +16,9 @@ from hapolicy_gevent import (
     MAX_MESSAGE,
     ClientFault,
     InvalidAnswer,
-    RequestBuffer,
     attribute,
     clean_action,
+    first_request,
     parse_answer,
 )
 
@@ -61,16 +61,18 @@ WAYS = [whole, by_line, by_byte, at_random]
 
 def feed(pieces: Iterator[bytes]) -> tuple[list[bytes], int, str]:
     """Return the requests in these pieces, the bytes left over, and the error that ended it."""
-    buffer, requests = RequestBuffer(), []
+    rest, requests = b'', []
     for piece in pieces:
-        buffer.data += piece
+        rest += piece
         try:
-            while (request := buffer.take() if buffer.data else None) is not None:
+            request, rest = first_request(rest)
+            while request:
                 requests.append(request)
+                request, rest = first_request(rest)
         except ClientFault:
             return requests, 0, 'ClientFault'
-        assert len(buffer.data) <= MAX_MESSAGE
-    return requests, len(buffer.data), ''
+        assert len(rest) <= MAX_MESSAGE
+    return requests, len(rest), ''
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -160,12 +162,12 @@ def test_no_part_of_an_answer_is_taken_for_a_different_one(data: bytes) -> None:
 
 
 def test_the_buffer_stays_bounded() -> None:
-    buffer = RequestBuffer()
+    rest = b''
     with pytest.raises(ClientFault):
         for _ in range(1000):
-            buffer.data += b'x' * 1000
-            buffer.take()
-    assert len(buffer.data) <= MAX_MESSAGE + 1000
+            rest += b'x' * 1000
+            _, rest = first_request(rest)
+    assert len(rest) <= MAX_MESSAGE + 1000
 
 
 @pytest.mark.parametrize(
