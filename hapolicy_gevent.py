@@ -1530,9 +1530,8 @@ class Pool:
         """
         while len(self.busy) < self.places:
             own = client.connection
-            if own is not None and own.holder is client and own in self.held:
+            if own is not None and own.holder is client and self.held.pop(own, self) is None:
                 connection = own
-                del self.held[own]
             elif self.idle and now - self.idle[-1].silent_at <= REST_AFTER * QUIET:  # nearly always: it needs no rest
                 connection = self.idle.pop()
             elif self.idle or (self.held and not self._grows_first(client, now)):

@@ -143,7 +143,7 @@ def test_i2_what_a_server_says_before_it_is_asked_is_no_answer() -> None:
 @pytest.mark.parametrize('late', [0.02, 0.06, 0.2])
 def test_i2_where_every_second_answer_is_late_few_get_it(late: float) -> None:
     with stubs(twice(late)) as (a,), ProxyProcess('-s', a.service) as proxy:
-        wrong = strangers(proxy, 6, 20)
+        wrong = strangers(proxy, 6, 20, think=late / 20)
         # of six connections each; once more where the next request left before the answer came that was in its place
         assert wrong <= 9, 'about one for each connection that passed its check'
         proxy.logged('each of its connections is used once')
