@@ -123,7 +123,7 @@ UNANSWERED = 1.0  #: a service is full if it answers what was sent so many secon
 UNHEARD = 30.0  #: seconds without any answer after which a service is checked, and its last idle connection closed
 #: Seconds between checks of a service that is down: the first pause, the longest, the one in its first moments.
 BACKOFF_FIRST, BACKOFF_MAX, SOON = 1.0, 30.0, 0.1
-JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255  #: a factor of these: proxies must not check a dead server all at once
+JITTER = 0.8 + 0.4 * os.urandom(1)[0] / 255  #: a factor of them: proxies must not check all at once
 #: Mails at once at a service on trial, while no service is up; seconds that other mail waits for one of their answers.
 TRIALS, TRIAL_PATIENCE = 5, 0.5
 MAX_INSTANCES = 40000  #: messages whose service is remembered, and those of one second: ten minutes of a very busy site
@@ -206,7 +206,7 @@ def end_of_message(data: bytes, start: int = 0) -> int:
 
 
 def first_request(data: bytes) -> tuple[bytes, bytes]:
-    """Return the first request with its empty line, b'' while it is incomplete; and the rest. Raises ClientFault."""
+    """Return the first request with its empty line, b'' while it is incomplete; and other bytes. Raises ClientFault."""
     data = data.lstrip(LINE_ENDS)  # empty lines before a request are skipped
     end = end_of_message(data)
     if (end or len(data)) > MAX_MESSAGE:
@@ -452,7 +452,7 @@ def parse_service(text: str) -> Service:
 
 
 def one_cycle(pools: Sequence[Pool], turns: int) -> Iterator[Pool]:
-    """Yield each pool as often as its service's weight says, interleaved: smooth weighted round robin (as nginx's).
+    """Yield so many turns, to each pool as its service's weight says: smooth weighted round robin (as nginx's).
 
     At each turn every pool gains its weight. The richest pool has the turn, and pays what all have gained.
     """
@@ -1266,8 +1266,10 @@ class Checker:
 
     @property
     def _slow(self) -> float:
-        """Seconds that hardly any answer takes: a server may take long for each, or for the first of a connection."""
-        return max(UNANSWERED, min(2 * self.slowest, self.slowest + CONNECT_TIMEOUT))
+        """Seconds after which a check is late: hardly any answer takes so long, nor the first one of a connection."""
+        # a check may have waited for a child to be free; a mail did not
+        seconds = min(self.slowest, max(self.fastest, 2 * self.pool.service.tally.mean))
+        return max(UNANSWERED, min(2 * seconds, seconds + CONNECT_TIMEOUT))
 
     def due(self, now: float) -> bool:
         """Return whether a check is due that no request waits for."""
@@ -1576,7 +1578,7 @@ class Pool:
         self._release(connection, keep, now)
 
     def _unread(self, now: float) -> bool:
-        """Return whether a mail waits long on a new connection: a server of few workers may not have read it."""
+        """Return whether a mail waits long on a new connection: no worker may be free, and each close frees one."""
         return any(not each.used and now - each.since > UNANSWERED for each in self.busy)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
@@ -1589,7 +1591,7 @@ class Pool:
             alone = self.queue.balancer.alone(service)
             # strangers' slow messages may hold all places that others wait for, but good mail behind them is answered
             unanswered = now - max(service.answered_at, service.since) >= 2 * service.timeout
-            # while other mail is answered somewhere, this one may be too slow for each service: see decide()
+            # while some service answers other mail, this mail may be at fault; decide() counts it once it is answered
             counts = failure.reason is LATE and failure.at > max(each.answered_at for each in self.queue.pools)
             if counts and (unanswered or not (alone and self.waiting)):
                 service.blame(failure, alone, now)
@@ -1951,12 +1953,18 @@ class Proxy:
             if not failures:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
-            for failed, fault in failures.items():
-                failed.service.blame(fault, self._balancer.alone(failed.service), time.monotonic())
-            return action, connection.pool.service, len(failures) + 1, f'answered after {fault.reason}'
+            self._blame(failures)
+            *_, last_failure = failures.values()
+            return action, connection.pool.service, len(failures) + 1, f'answered after {last_failure.reason}'
+        if any(pool.service.state is UP and pool not in failures for pool in self.pools.values()):
+            self._blame(failures)  # they left no time for a service that is up
         late = time.monotonic() >= deadline - (0 if failures else self._answer_time)
         reason = OUT_OF_TIME if late else ALL_FAILED if failures else NO_SERVICE
         return self._give_default(client, reason, failures)
+
+    def _blame(self, failures: dict[Pool, ServiceFailure]) -> None:
+        for pool, failure in failures.items():
+            pool.service.blame(failure, self._balancer.alone(pool.service), time.monotonic())
 
     @property
     def _answer_time(self) -> float:
@@ -1994,7 +2002,7 @@ class Proxy:
         now = time.monotonic()
         client.answer(action)  # before all else, which would be a tenth of the latency that we add
         client.connection, connection.holder = connection, client if client.instance else None
-        if (used == 1 and connection in pool.busy  # what ended had answered its check alone, and no other one more
+        if (used == 1 and connection in pool.busy  # what ended had answered its check alone, and no other answers twice
                 and all(each.used < 2 for each in (*pool.idle, *pool.held, *pool.busy))):  # fmt: skip
             pool.use_once()
         # the client may have hung up, and abandoned this request: its connection is not used again
@@ -2004,9 +2012,10 @@ class Proxy:
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Collection[Pool]) -> Connection:
         """Return a connection that carries a request to the same service, in place of one that ended.
 
-        A new connection in the same place, without a check unless the service is full: its place may be taken. But the
-        idle connection that has given the fewest answers, if these are fewer: the server may end each after so many.
-        And one that comes free where no new one is served. Both have to be silent first. Raises ServiceFailure.
+        A new connection in the same place. If the service is full it is checked first: another client may have taken
+        the child that served the old one. But the idle connection that has given the fewest answers, if these are
+        fewer: the server may end each after so many. And a connection that comes free, where no new one is served.
+        These two have to be silent before they are asked. Raises ServiceFailure.
         """
         pool, now = connection.pool, time.monotonic()
         others = [other for other in self.pools.values() if other is not pool]
@@ -2018,7 +2027,8 @@ class Proxy:
             connection.reopen()
             if not pool.checker.full:
                 return connection
-            pool.checker.stop(*[check for check in pool.checker.running if check.used])  # this has its child
+            # a check that has its answer holds a child already; another one would be served before this connection
+            pool.checker.stop(*[check for check in pool.checker.running if check.used])
             with contextlib.suppress(ServiceFailure):
                 if connection.check(deadline)[0] == '':
                     connection.since = time.monotonic()

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from hapolicy_gevent import Log, Proxy, Sticky, parse_service
 from tests.servers import checked, for_sender
 from tests.support import (
     SCALE,
@@ -37,6 +38,33 @@ def test_a_server_that_hangs_with_mail_holds_few_of_it_beside_another() -> None:
                 assert client.ask_own() == 'B'
                 held += time.monotonic() - started > 0.99
             assert 2 <= held <= 2 + 5, held
+
+
+def test_servers_that_hang_with_mail_are_down_also_where_they_leave_a_mail_no_time_for_the_well_one() -> None:
+    gone = checked(hang)
+    with stubs(gone, gone, echo) as services:
+        options = [f'-s{each.service}:::{0.4 * SCALE:g}' for each in services]
+        pools = Proxy([parse_service(each[2:]) for each in options], b'', b'', 1, Log()).pools.values()
+        order = {name: ''.join(pool.service.name for pool in Sticky.order(name.encode(), pools))
+                 for name in map(str, range(50))}  # fmt: skip
+        well, unlucky = (next(name for name in order if order[name][i] == 'C') for i in (0, 2))
+        options += [f'--deadline={0.8 * SCALE:g}', '--sticky=sender']
+        ended = threading.Event()
+
+        def ask(number: int) -> int:
+            lost = 0
+            with proxy.client() as client:
+                if number:
+                    for _ in range(12):
+                        lost += client.ask(request(sender=unlucky, instance=new_instance())) == 'dunno'
+                    ended.set()
+                while not ended.wait(0.02):
+                    lost += client.ask(request(sender=well, instance=new_instance())) == 'dunno'
+            return lost
+
+        with ProxyProcess(*options) as proxy:
+            others, lost = in_threads(2, ask)
+        assert not others and lost <= 5, 'the first ones, and those that try the two'
 
 
 def test_a_server_that_hangs_with_mail_holds_five_smtpds_where_it_is_alone() -> None:

@@ -130,7 +130,7 @@ def test_a_retry_is_not_sent_on_a_connection_that_ends_too() -> None:
         time.sleep(0.02)
         sock.close()
 
-    with Prefork(3, closes_after(15, slow(0.1), end)) as a, ProxyProcess('-s', a.service) as proxy:
+    with Prefork(3, closes_after(3, slow(0.1), end)) as a, ProxyProcess('-s', a.service) as proxy:
         assert set(ask_all(proxy, 12, 10)) == {'A'}
         assert 'is full' in proxy.log and 'is down' not in proxy.log
 
