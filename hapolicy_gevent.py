@@ -1670,7 +1670,8 @@ class Pool:
             return
         # a check may have waited for a child to be free; a mail did not
         seconds = 20 * min(self.checker.slowest, self.service.tally.mean)
-        pace = max(GIVE_UP / math.sqrt(number if full else 1), seconds / number)
+        turn = min(GIVE_UP, self.service.timeout / 4)  # others' checks are to have their turn before they are late
+        pace = max(turn / math.sqrt(number if full else 1), seconds / number)
         if now - max(self.checker.began, self.service.checked_at) >= pace and pace < self.service.timeout / 3:
             self.passed, self.checker.began = False, now
             min(connections, key=lambda each: (each not in self.idle, each.expires)).expires = now

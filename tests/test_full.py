@@ -62,6 +62,27 @@ def test_the_same_prefork_server_behind_two_proxies_answers_both(children: int, 
         assert max(first.held()[-1], second.held()[-1]) < 6 * SCALE
 
 
+def test_two_proxies_share_a_server_although_its_timeout_is_short_and_neither_is_busy() -> None:
+    with (
+        Prefork(4, slow(0.02)) as a,
+        ProxyProcess(f'-s{a.service}:::{3 * SCALE:g}') as one,
+        ProxyProcess(f'-s{a.service}:::{3 * SCALE:g}') as other,
+    ):
+
+        def ask(number: int) -> set[str]:
+            answers = set()
+            time.sleep(number % 2 * 3)  # the first four clients have all children by then
+            with (one, other)[number % 2].client(60) as client:
+                for _ in range(12 - number % 2 * 4):
+                    instance = new_instance()
+                    for _ in range(5):
+                        answers.add(client.ask(request(instance=instance)).split()[0])
+                        time.sleep(0.15)
+            return answers
+
+        assert set().union(*in_threads(8, ask)) == {'DUNNO'}
+
+
 def test_requests_of_smtpds_that_were_killed_come_last_and_are_answered_all_the_same() -> None:
     with stubs(slow(0.2)) as (a,), ProxyProcess('-s', a.service + '::::1') as proxy:
         assert ask_all(proxy, 1, 1) == ['A']
