@@ -13,7 +13,7 @@ import pytest
 import hapolicy_gevent
 from tests import machine
 from tests.machine import Machine
-from tests.support import ROOT, SCALE
+from tests.support import ROOT, SCALE, wait_until
 
 pytestmark = [
     pytest.mark.skipif(bool(machine.missing()), reason=machine.missing()),
@@ -96,5 +96,5 @@ def test_it_takes_the_place_of_the_perl_hapolicy(host: Machine) -> None:
     host.run('postfix reload')  # a smtpd keeps the process that it has
     assert verdicts('dave@example.net') == before
     assert (host.root / 'etc/postfix/master.cf').read_text() == master
-    said = host.run('journalctl -t hapolicy --no-pager')
-    assert re.search(r"from: <dave@example.net>.*action: 'DEFER_IF_PERMIT 4.2.0 Greylisted.*why: answered", said), said
+    line = r"from: <dave@example.net>.*action: 'DEFER_IF_PERMIT 4.2.0 Greylisted.*why: answered"
+    wait_until(lambda: re.search(line, host.run('journalctl -t hapolicy --no-pager')), what='its line in the log')
