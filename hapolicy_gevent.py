@@ -1265,7 +1265,7 @@ class Checker:
         return now < self._failed_at + seconds
 
     @property
-    def _slow(self) -> float:
+    def late_after(self) -> float:
         """Seconds after which a check is late: hardly any answer takes so long, nor the first one of a connection."""
         # a check may have waited for a child to be free; a mail did not
         seconds = min(self.slowest, max(self.fastest, 2 * self.pool.service.tally.mean))
@@ -1290,7 +1290,8 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        late = running > 0 and now - self.began > self._slow + CONNECT_TIMEOUT * (self.full > 0) and not self.passing
+        waited = now - self.began - CONNECT_TIMEOUT * (self.full > 0)
+        late = running > 0 and waited > self.late_after and not self.passing
         stuck = late and not (self.full and pool.open) and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
         places = 1 if pool.use is SINGLE_USE else pool.places - len(pool.busy)
@@ -1347,7 +1348,7 @@ class Checker:
             # mail that meets the limit of a single-use server costs a retry: there it is full until it has shown more
             self.full = self.full if (single or pool.waiting) and self.at_once < pool.service.max else 0
         # what began long before this check and is not answered may have met a worker that hangs
-        self.stop(*[other for other in self.running if check.since - other.since <= self._slow or other.used])
+        self.stop(*[other for other in self.running if check.since - other.since <= self.late_after or other.used])
         pool.passed = True
         pool.service.check_passed(now)
         if not single:
@@ -1429,7 +1430,7 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        hung = not self.passing and self.pool.service.newest - began > self._slow  # an answered one stops the elder
+        hung = not self.passing and self.pool.service.newest - began > self.late_after  # passing, it stops the elder
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
             self.stop(*[*self.running][:1])  # all but the first; found_full() may have stopped all
@@ -1578,8 +1579,9 @@ class Pool:
         self._release(connection, keep, now)
 
     def _unread(self, now: float) -> bool:
-        """Return whether a mail waits long on a new connection: no worker may be free, and each close frees one."""
-        return any(not each.used and now - each.since > UNANSWERED for each in self.busy)
+        """Return whether a mail on a new connection is late: no worker may be free for it, and each close frees one."""
+        late = now - self.checker.late_after
+        return any(not each.used and each.since < late for each in self.busy)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
         """Close a connection whose mail was not answered, and start a check."""
