@@ -1580,8 +1580,7 @@ class Pool:
 
     def _unread(self, now: float) -> bool:
         """Return whether a mail on a new connection is late: no worker may be free for it, and each close frees one."""
-        late = now - self.checker.late_after
-        return any(not each.used and each.since < late for each in self.busy)
+        return any(not each.used and now - each.since > self.checker.late_after for each in self.busy)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
         """Close a connection whose mail was not answered, and start a check."""
@@ -1672,8 +1671,8 @@ class Pool:
             return
         # a check may have waited for a child to be free; a mail did not
         seconds = 20 * min(self.checker.slowest, self.service.tally.mean)
-        turn = min(GIVE_UP, self.service.timeout / 4)  # others' checks are to have their turn before they are late
-        pace = max(turn / math.sqrt(number if full else 1), seconds / number)
+        # others' checks are to have their turn before they are late
+        pace = max(min(GIVE_UP, self.service.timeout / 4) / math.sqrt(number if full else 1), seconds / number)
         if now - max(self.checker.began, self.service.checked_at) >= pace and pace < self.service.timeout / 3:
             self.passed, self.checker.began = False, now
             min(connections, key=lambda each: (each not in self.idle, each.expires)).expires = now
