@@ -376,6 +376,7 @@ class Service(Settings):
     checked_at = 0.0  #: when a check was answered last
     failed_at = 0.0  #: when mail failed last
     late_at = 0.0  #: when a check had no answer in time while it was down
+    closed_at = 0.0  #: when a connection that had answered something was closed last
     newest = 0.0  #: when the youngest answered request was sent, a mail or a check
 
     #: Is called with the service, a text for the log and `now` when the state changes.
@@ -1187,6 +1188,8 @@ class Connection(Wire):
         if self.poll is not None:
             super().close()
             self.timer.close()
+            if self.used:
+                self.pool.service.closed_at = time.monotonic()
 
 
 def asked_first(connections: dict[Connection, Any]) -> float:
@@ -1232,8 +1235,8 @@ class Checker:
         self.full = 0  # how many connections the service served when it was found full; 0: it is not full
         self.heard_more = False  # more than an answer came to the last check: the server may speak before it is asked
         self.reason = ''  # why the last check failed; LATE also where it was hung up on late
-        #: Seconds of the fastest check that passed since the service was down, and of the slowest (but for those of a
-        #: full service, which wait for a child). 0: none passed.
+        #: Seconds of the fastest check that passed since the service was down, and of the slowest (but for those that
+        #: may have waited for a child, as a connection was closed meanwhile). 0: none passed.
         self.fastest = self.slowest = 0.0
         #: When the last check began, or a connection was given up after that; when the last failed check began.
         self.began = self._failed_at = -math.inf
@@ -1265,11 +1268,9 @@ class Checker:
         return now < self._failed_at + seconds
 
     @property
-    def late_after(self) -> float:
+    def slow(self) -> float:
         """Seconds after which a check is late: hardly any answer takes so long, nor the first one of a connection."""
-        # a check may have waited for a child to be free; a mail did not
-        seconds = min(self.slowest, max(self.fastest, 2 * self.pool.service.tally.mean))
-        return max(UNANSWERED, min(2 * seconds, seconds + CONNECT_TIMEOUT))
+        return max(UNANSWERED, min(2 * self.slowest, self.slowest + CONNECT_TIMEOUT))
 
     def due(self, now: float) -> bool:
         """Return whether a check is due that no request waits for."""
@@ -1290,8 +1291,7 @@ class Checker:
         pool, running = self.pool, len(self.running)
         if not self.enabled or self._too_early(now):
             return
-        waited = now - self.began - CONNECT_TIMEOUT * (self.full > 0)
-        late = running > 0 and waited > self.late_after and not self.passing
+        late = running > 0 and now - self.began > self.slow + CONNECT_TIMEOUT * (self.full > 0) and not self.passing
         stuck = late and not (self.full and pool.open) and (bool(pool.waiting) or not pool.queue.balancer.up)
         down = pool.service.state is DOWN
         places = 1 if pool.use is SINGLE_USE else pool.places - len(pool.busy)
@@ -1334,7 +1334,7 @@ class Checker:
         self._failed_at, self.reason, self.heard_more = -math.inf, '', said is SURPLUS
         seconds = now - check.since
         self.fastest = min(self.fastest or seconds, seconds)
-        if not self.full:
+        if check.since > pool.service.closed_at:
             self.slowest = max(self.slowest, seconds)
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
@@ -1348,7 +1348,7 @@ class Checker:
             # mail that meets the limit of a single-use server costs a retry: there it is full until it has shown more
             self.full = self.full if (single or pool.waiting) and self.at_once < pool.service.max else 0
         # what began long before this check and is not answered may have met a worker that hangs
-        self.stop(*[other for other in self.running if check.since - other.since <= self.late_after or other.used])
+        self.stop(*[other for other in self.running if check.since - other.since <= self.slow or other.used])
         pool.passed = True
         pool.service.check_passed(now)
         if not single:
@@ -1430,7 +1430,7 @@ class Checker:
     def watch(self, now: float) -> None:
         """Find the service full if later requests are answered before a check, and start the checks that are due."""
         began = asked_first(self.running)
-        hung = not self.passing and self.pool.service.newest - began > self.late_after  # passing, it stops the elder
+        hung = not self.passing and self.pool.service.newest - began > self.slow  # passing, it stops the elder
         if hung and (not self.full or len(self.running) > 2):
             self.found_full(f'no answer for {now - began:.1f}s')
             self.stop(*[*self.running][:1])  # all but the first; found_full() may have stopped all
@@ -1580,7 +1580,7 @@ class Pool:
 
     def _unread(self, now: float) -> bool:
         """Return whether a mail on a new connection is late: no worker may be free for it, and each close frees one."""
-        return any(not each.used and now - each.since > self.checker.late_after for each in self.busy)
+        return any(not each.used and now - each.since > self.checker.slow for each in self.busy)
 
     def failed(self, connection: Connection, failure: ServiceFailure, now: float) -> None:
         """Close a connection whose mail was not answered, and start a check."""
@@ -1955,18 +1955,18 @@ class Proxy:
             if not failures:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
-            self._blame(failures)
-            *_, last_failure = failures.values()
-            return action, connection.pool.service, len(failures) + 1, f'answered after {last_failure.reason}'
+            self._blame(failures, JUDGED)
+            return action, connection.pool.service, len(failures) + 1, f'answered after {failures.popitem()[1].reason}'
         if any(pool.service.state is UP and pool not in failures for pool in self.pools.values()):
-            self._blame(failures)  # they left no time for a service that is up
+            self._blame(failures, (LATE,))  # they left no time for a service that is up
         late = time.monotonic() >= deadline - (0 if failures else self._answer_time)
         reason = OUT_OF_TIME if late else ALL_FAILED if failures else NO_SERVICE
         return self._give_default(client, reason, failures)
 
-    def _blame(self, failures: dict[Pool, ServiceFailure]) -> None:
+    def _blame(self, failures: dict[Pool, ServiceFailure], reasons: Collection[str]) -> None:
         for pool, failure in failures.items():
-            pool.service.blame(failure, self._balancer.alone(pool.service), time.monotonic())
+            if failure.reason in reasons:
+                pool.service.blame(failure, self._balancer.alone(pool.service), time.monotonic())
 
     @property
     def _answer_time(self) -> float:
@@ -2035,13 +2035,12 @@ class Proxy:
                 if connection.check(deadline)[0] == '':
                     connection.since = time.monotonic()
                     return connection
-            now = time.monotonic()
         pool.busy.pop(connection, None)
         if not connection.used:  # single use, and the server may have a limit: a check finds out
             pool.checker.lower()
-            pool.checker.grow(now, more=True)
+            pool.checker.grow(time.monotonic(), more=True)
         pool.give_back(connection, unused=False)
-        if (found := self.queue.wait(client, pool, others, deadline, now)) is None:
+        if (found := self.queue.wait(client, pool, others, deadline, time.monotonic())) is None:
             raise Ended(DROPPED, 'it ended without an answer, and no other connection came free')
         found.silent_at = -math.inf  # it has to be silent first
         return found

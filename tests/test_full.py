@@ -216,6 +216,23 @@ def test_a_server_without_a_limit_whose_answers_take_long_each_is_not_full() -> 
         print(f'four answers of 1.2 s, behind a check of as much, took {seconds:.1f} s')
 
 
+def test_a_server_without_a_limit_whose_new_connections_take_long_is_not_full() -> None:
+    """As one that starts a process for each, on a small host; some start at once."""
+    number = itertools.count()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        if peer.requests > 1:
+            time.sleep(0.1)
+        elif next(number) % 8 != 1:
+            time.sleep(2)
+        echo(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', a.service) as proxy:
+        time.sleep(3)  # the first check shows how long that takes
+        ask_all(proxy, 30, 30)
+        assert 'is full' not in proxy.log
+
+
 def test_max_holds_for_connections_and_checks_together() -> None:
     with stubs(slow(0.05)) as (a,), ProxyProcess('-s', a.service + '::::3') as proxy:
         seen: Counter[int] = Counter()
