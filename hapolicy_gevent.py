@@ -2506,7 +2506,7 @@ def report_error(log: Log, context: object, kind: Any, value: Any, trace: Any) -
     """Log what gevent would print on stderr: an accept() that failed, or an error of ours."""
     if hasattr(context, 'do_read') and isinstance(value, OSError):  # context is a StreamServer
         log(WARNING, f'Cannot accept a client: {value.strerror or value}; it waits in the backlog')
-    else:
+    elif not isinstance(context, tuple):  # of a thread: it is raised where that is waited for; the log's own has no end
         log(WARNING, printable('Internal error: ' + ''.join(traceback.format_exception(kind, value, trace))))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import socket
@@ -235,6 +236,17 @@ def test_without_syslog_the_server_logs_to_stderr() -> None:
         process.terminate()
         _, said = process.communicate(timeout=15 * SCALE)
         assert re.search(r'\[LOG info\]: \[A\] \(', said.decode()), said
+
+
+def test_a_line_that_cannot_be_written_is_lost_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    log = Log(fd=write)
+    monkeypatch.setattr(gevent.get_hub(), 'print_exception', functools.partial(report_error, log))
+    log(4, 'a line')
+    gevent.sleep(0.3)
+    os.close(write)
+    assert log.lost == 1
 
 
 def test_verbose_looks_at_no_more_of_a_value_than_the_log_takes(monkeypatch: pytest.MonkeyPatch) -> None:
