@@ -1235,8 +1235,8 @@ class Checker:
         self.full = 0  # how many connections the service served when it was found full; 0: it is not full
         self.heard_more = False  # more than an answer came to the last check: the server may speak before it is asked
         self.reason = ''  # why the last check failed; LATE also where it was hung up on late
-        #: Seconds of the fastest check that passed since the service was down, and of the slowest (but for those that
-        #: may have waited for a child, as a connection was closed meanwhile). 0: none passed.
+        #: Seconds of the fastest check that passed since the service was down, and of the slowest. A check counts as
+        #: the fastest if a connection was closed meanwhile, as it may have waited for that child. 0: none passed.
         self.fastest = self.slowest = 0.0
         #: When the last check began, or a connection was given up after that; when the last failed check began.
         self.began = self._failed_at = -math.inf
@@ -1334,8 +1334,7 @@ class Checker:
         self._failed_at, self.reason, self.heard_more = -math.inf, '', said is SURPLUS
         seconds = now - check.since
         self.fastest = min(self.fastest or seconds, seconds)
-        if check.since > pool.service.closed_at:
-            self.slowest = max(self.slowest, seconds)
+        self.slowest = max(self.slowest, seconds if check.since > pool.service.closed_at else self.fastest)
         if said is SURPLUS:
             pool.said_more('more after the answer to its check', now)
         single = said != '' or now < pool.once_until

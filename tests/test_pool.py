@@ -827,6 +827,17 @@ def test_a_check_that_is_answered_and_not_yet_passed_goes_on_where_a_later_one_p
     assert [*pool.checker.running] == [answered], 'it is a connection in a moment'
 
 
+@pytest.mark.parametrize(('closed', 'late'), [(-9, 7), (-1, 4)])
+def test_a_check_that_may_have_waited_for_a_child_makes_no_later_check_late_later(closed: float, late: float) -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    for seconds in (2, 3.5):
+        pool.service.closed_at = now + closed
+        check = Connection(pool, now - seconds)
+        pool.checker.running[check] = gevent.Greenlet(lambda: None)
+        pool.checker.passed(check, '', now)
+    assert pool.checker.slow == pytest.approx(late), 'the fastest one counts, or a slow server is full'
+
+
 @pytest.mark.parametrize(('waits', 'checks'), [(5.9, 1), (6.1, 2)])
 def test_a_full_server_without_connections_gets_another_check_only_after_long(waits: float, checks: int) -> None:
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
