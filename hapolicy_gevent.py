@@ -206,7 +206,7 @@ def end_of_message(data: bytes, start: int = 0) -> int:
 
 
 def first_request(data: bytes) -> tuple[bytes, bytes]:
-    """Return the first request with its empty line, b'' while it is incomplete; and other bytes. Raises ClientFault."""
+    """Return the first request, b'' while it is incomplete, and the bytes that are left over. Raises ClientFault."""
     data = data.lstrip(LINE_ENDS)  # empty lines before a request are skipped
     end = end_of_message(data)
     if (end or len(data)) > MAX_MESSAGE:
@@ -1684,10 +1684,11 @@ class Pool:
             self.checker.stop(*[*self.checker.running][:1])
             if not self.checker.running and self.open < self.checker.full / 2:
                 self.checker.full = 0  # nothing has met the limit lately
+        unread = self._unread(now)
         for connection in [*self.idle, *self.held]:
             # given up: its message may go on for a moment. Used once: by its check, nearly always
             spare = self.open > 1 or self.checker.full or connection.used < 2 or now >= connection.expires
-            if now - connection.idle_since >= (SPARE_IDLE if spare else UNHEARD) or self._unread(now):
+            if now - connection.idle_since >= (SPARE_IDLE if spare else UNHEARD) or unread:
                 self._close(connection)
 
     def report(self, text: str) -> None:
@@ -1955,7 +1956,8 @@ class Proxy:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1
             self._blame(failures, JUDGED)
-            return action, connection.pool.service, len(failures) + 1, f'answered after {failures.popitem()[1].reason}'
+            *_, last_failure = failures.values()
+            return action, connection.pool.service, len(failures) + 1, f'answered after {last_failure.reason}'
         if any(pool.service.state is UP and pool not in failures for pool in self.pools.values()):
             self._blame(failures, (LATE,))  # they left no time for a service that is up
         late = time.monotonic() >= deadline - (0 if failures else self._answer_time)
@@ -2003,7 +2005,8 @@ class Proxy:
         now = time.monotonic()
         client.answer(action)  # before all else, which would be a tenth of the latency that we add
         client.connection, connection.holder = connection, client if client.instance else None
-        if (used == 1 and connection in pool.busy  # what ended had answered its check alone, and no other answers twice
+        # the connection that ended had answered nothing but its check, and no open one has answered more
+        if (used == 1 and connection in pool.busy
                 and all(each.used < 2 for each in (*pool.idle, *pool.held, *pool.busy))):  # fmt: skip
             pool.use_once()
         # the client may have hung up, and abandoned this request: its connection is not used again
@@ -2035,7 +2038,7 @@ class Proxy:
                     connection.since = time.monotonic()
                     return connection
         pool.busy.pop(connection, None)
-        if not connection.used:  # single use, and the server may have a limit: a check finds out
+        if not connection.used:  # a new one was not served: the server may have a limit, and a check finds out
             pool.checker.lower()
             pool.checker.grow(time.monotonic(), more=True)
         pool.give_back(connection, unused=False)
@@ -2065,11 +2068,10 @@ class Proxy:
         try:
             self._serve(client)
         except (ClientFault, OSError) as error:
-            reason, *more = error.args if isinstance(error, ClientFault) else (RESET,)
-            self.statistics.refused[reason] += 1
+            why = error.args if isinstance(error, ClientFault) else (RESET,)
+            self.statistics.refused[why[0]] += 1
             where = f' from {address[0]}:{address[1]}' if isinstance(address, tuple) else ''  # '': a unix socket
-            text = ', '.join([reason, *more])
-            self._log(WARNING if reason is TOO_LONG else NOTICE, f'Client connection closed{where}: {text}')
+            self._log(WARNING if why[0] is TOO_LONG else NOTICE, f'Client connection closed{where}: {", ".join(why)}')
         finally:
             self.clients.discard(client)
             if client.connection is not None:

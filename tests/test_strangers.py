@@ -100,9 +100,9 @@ def test_i9_messages_that_no_server_answers_in_time_cost_good_mail_its_wait_alon
 
 
 def test_i9_messages_that_no_server_answers_in_time_take_no_backup_down() -> None:
-    tarpits = for_sender('tarpit', hang)
+    tarpits, seconds = for_sender('tarpit', hang), f'{0.5 * SCALE:g}'
     with stubs(tarpits, tarpits) as (a, b):
-        with (ProxyProcess(f'-s{a.service}:10::0.5', f'-s{b.service}:20::0.5') as proxy,
+        with (ProxyProcess(f'-s{a.service}:10::{seconds}', f'-s{b.service}:20::{seconds}') as proxy,
               SmtpdLoad(proxy.port, 3, 0.1, second_try=False) as good):  # fmt: skip
 
             def ask(_: int) -> None:
