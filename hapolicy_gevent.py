@@ -259,7 +259,7 @@ def parse_answer(data: bytes, closed: bool = False, start: int = 0) -> tuple[byt
     for line in data[: end or data.rfind(b'\n') + 1].split(b'\n'):
         if line.startswith(b'action='):
             return clean_action(line[7:]), end > 0 and data[end:].strip(LINE_ENDS) != b''
-        if line.rstrip(b'\r') == b'action':
+        if line == b'action':
             raise InvalidAnswer('an action without a value')
     raise InvalidAnswer('an answer without an action' if end else 'the end of the connection in mid-answer')
 
@@ -1365,6 +1365,7 @@ class Checker:
         self._failed_at = check.since
         pool.connector.rotate(check.since)
         if reason not in JUDGED:  # a fault of ours
+            self.lower()  # else a line for each request that waits
             pool.report(f'cannot be checked: {failure}')
         elif service.state is DOWN:
             self.reason = why
@@ -2401,10 +2402,15 @@ def parse_action(text: str, option: str) -> bytes:
         return action
 
 
+LOOPBACKS = {'0.0.0.0': '127.0.0.1', '::': '::1'}  #: what listens at all addresses listens at this one, too
+
+
 def parse_listen(text: str, option: str) -> Address:
     """Return the address that an option gives to listen on. Raises UsageError."""
     with blaming(f"{option} '{text}'", '<IPv4>:<port>, [<IPv6>]:<port> or unix:/path'):
         address, _ = parse_address(text)
+        if len(os.fsencode(os.path.dirname(address.host))) > 97:  # it first listens at another name there, of 9 bytes
+            raise UsageError('a directory of over 97 bytes')
         if address.family == socket.AF_UNSPEC or str(address) != text:
             raise UsageError('a name, or more than an address')
         return address
@@ -2598,7 +2604,7 @@ def inherited_listeners() -> dict[Address, socket.socket]:
 def notify(state: str) -> None:
     """Send our state to systemd, if it asked for that (sd_notify(3))."""
     path = re.sub('^@', '\0', os.environ.get('NOTIFY_SOCKET', ''))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.sendto(state.encode(), path)
 
 
@@ -2693,7 +2699,7 @@ def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop:
     limit = options.max_clients = client_limit(options, log)
     greenlets: Any = GreenletPool(limit)  # one for each client
     servers = [start_server(listener, proxy.handle, greenlets) for listener in listeners.values()]
-    log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {", ".join(map(str, listeners))}')
+    log(NOTICE, f'hapolicy {__version__} serves up to {limit} clients at {printable(", ".join(map(str, listeners)))}')
     if options.summary:
         gevent.spawn(proxy.summarize, options.summary)
     notify('READY=1')
@@ -2741,6 +2747,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check_services(options.service)
         listeners = inherited_listeners()
         ours = [*listeners, *options.listen]
+        ours += [address._replace(host=LOOPBACKS[address.host]) for address in ours if address.host in LOOPBACKS]
         if own := [service for service in options.service if service.address in ours]:  # it would ask itself for ever
             raise UsageError(f"--service '{own[0].name}': {own[0].address} is where hapolicy itself listens")
         if options.status and (not ours or options.status in ours):

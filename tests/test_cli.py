@@ -47,6 +47,7 @@ from tests.support import (
         (['-s', 'a=h:1', '--failed=550'], "--failed '550': the bare number 550"),
         (['-s', 'a=h:1', '--listen=nonsense'], "'nonsense'"),
         (['-s', 'a=h:1', '--listen=localhost:10060'], "'localhost:10060': a name"),
+        (['-s', 'a=h:1', f'--listen=unix:/{97 * "d"}/s'], 'a directory of over 97 bytes'),
         (['-s', 'a=127.0.0.1%lo:1'], "'127.0.0.1%lo'"),
         (['-s', 'a=h:1', '--listen=127.0.0.1:65536'], "'65536'"),
         (['-s', 'a=h:1', '--socket-mode=999'], "'999'"),
@@ -86,6 +87,8 @@ def test_a_mistake_is_named(arguments: list[str], said: str) -> None:
         (['-s', 'a=h:1', '-x'], "'-x'"),
         (['-s', 'a=h:1', '-d', 'a\nb'], 'line break'),
         (['-s', 'a=127.0.0.1:1', '--listen=[::1]:1', '--listen=127.0.0.1:1'], "'a': 127.0.0.1:1"),
+        (['-s', 'a=127.0.0.1:1', '--listen=0.0.0.0:1'], "'a': 127.0.0.1:1"),
+        (['-s', 'a=[::1]:1', '--listen=[::]:1'], "'a': [::1]:1"),
         (['-s', 'a=unix:/s:1', '--listen=unix:/s'], "'a': unix:/s"),
     ],
 )

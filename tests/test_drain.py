@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -50,6 +51,15 @@ def test_a_drain_opens_no_connection_for_each_client() -> None:
         assert proxy.terminate() == 0
         clients.join()
         assert a.accepted - before < 15, 'each last answer took its connection along'
+
+
+def test_a_drain_without_a_free_descriptor_loses_no_answer() -> None:
+    with stubs(slow(1)) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        client.send(request(instance='one'))
+        wait_until(lambda: a.requests)
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (proxy.descriptors, proxy.descriptors))
+        assert proxy.terminate() == 0
+        assert client.read_answer() == b'action=DUNNO one A\n\n'
 
 
 @pytest.mark.slow
