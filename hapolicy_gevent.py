@@ -1016,8 +1016,8 @@ CHECKED, SINGLE_USE, UNCHECKED = 'checked', 'single use', 'unchecked'
 class Connection(Wire):
     """A connection to a server: it decides what is an answer. One request at a time."""
 
-    __slots__ = ('_data', 'expires', 'holder', 'idle_since', 'poll', 'pool', 'quiet', 'silent_at', 'since', 'spent',
-                 'timer', 'used')  # fmt: skip
+    __slots__ = ('_data', 'expires', 'idle_since', 'poll', 'pool', 'quiet', 'silent_at', 'since', 'spent', 'timer',
+                 'used')  # fmt: skip
 
     def __init__(self, pool: Pool, now: float) -> None:
         """Make a connection that is not open yet: the first ask() opens it."""
@@ -1032,7 +1032,6 @@ class Connection(Wire):
         self.silent_at = -math.inf  # when it was last seen to be silent for long enough
         self.used = 0  # how many answers it gave, the one to its check included
         self.spent = ''  # why it must not be used again: ENDED or SURPLUS
-        self.holder: Client | None = None  # the client whose message it answered last, which may ask more
         #: poll(0) asks the kernel whether there is something to receive, for 0.6 us: the loop may not have polled since
         #: the last answer. None while the connection is not open.
         self.poll: Callable[[int], list[tuple[int, int]]] | None = None
@@ -1451,7 +1450,7 @@ class Pool:
         self.places = service.max  # mails at once
         self.waiting: list[Waiter] = []  # requests that wait for a connection of this pool, first come first
         self.idle: list[Connection] = []  # the most recently used last; after a retry the least used last
-        self.held: dict[Connection, None] = {}  # the longest idle first
+        self.held: dict[Connection, Client] = {}  # and whose message each answered last; the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
         self.passed = False  # whether a check has passed since a connection was given up
         self.once_until = 0.0  # until then each connection carries one mail, as the server sent more than an answer
@@ -1533,7 +1532,8 @@ class Pool:
         """
         while len(self.busy) < self.places:
             own = client.connection
-            if own is not None and own.holder is client and self.held.pop(own, self) is None:
+            if own is not None and self.held.get(own) is client:
+                del self.held[own]
                 connection = own
             elif self.idle and now - self.idle[-1].silent_at <= REST_AFTER * QUIET:  # nearly always: it needs no rest
                 connection = self.idle.pop()
@@ -1544,7 +1544,7 @@ class Pool:
                 if now >= connection.expires:  # given up: it would be handed on from message to message for ever
                     self._close(connection)
                     continue
-                if self.held.pop(connection, self) is self:
+                if self.held.pop(connection, None) is None:
                     self.idle.remove(connection)
             elif self.may_open:
                 connection = Connection(self, now)
@@ -1561,8 +1561,9 @@ class Pool:
             return connection
         return None
 
-    def answered(self, connection: Connection, action: bytes, reuse: bool, now: float) -> None:
-        """Take back a connection whose mail was answered; close it if it is not to be used again."""
+    def answered(self, connection: Connection, action: bytes, reuse: bool, now: float,
+                 holder: Client | None = None) -> None:  # fmt: skip
+        """Take back a connection whose mail was answered: its message holds it. Close it if it is not to be reused."""
         current = self.busy.pop(connection, self) is None  # else the service went down after the mail was sent
         self.service.answered(action, connection.since, current, now)
         # it is to be silent for QUIET and what the answer took; twice as long as before at most, as a slow answer may
@@ -1576,7 +1577,7 @@ class Pool:
                 self.checker.at_once = min(self.checker.at_once + 1 / self.checker.at_once, self.service.max)
         if connection.spent is SURPLUS and current:
             self.said_more('more than one answer to a request', now)
-        self._release(connection, keep, now)
+        self._release(connection, keep, now, holder)
 
     def _unread(self, now: float) -> bool:
         """Return whether a mail on a new connection is late: no worker may be free for it, and each close frees one."""
@@ -1608,9 +1609,9 @@ class Pool:
         """Take back a connection whose request was abandoned; close it, unless the request was not sent."""
         self._release(connection, self.busy.pop(connection, self) is None and unused, time.monotonic())
 
-    def _release(self, connection: Connection, keep: bool, now: float) -> None:
-        if keep and connection.holder is not None:
-            self.held[connection] = None
+    def _release(self, connection: Connection, keep: bool, now: float, holder: Client | None = None) -> None:
+        if keep and holder is not None:
+            self.held[connection] = holder
         elif keep and now < connection.expires:
             self.idle.append(connection)
         else:
@@ -1620,10 +1621,9 @@ class Pool:
 
     def let_go(self, connection: Connection, client: Client, now: float) -> None:
         """End the hold of a message on a connection: the client asks about another message, or left."""
-        if connection.holder is client:
-            connection.holder = None
-            if self.held.pop(connection, self) is None:
-                self._release(connection, True, now)
+        if self.held.get(connection) is client:
+            del self.held[connection]
+            self._release(connection, True, now)
 
     def drop(self, connection: Connection, said: str) -> None:
         """Close an idle connection that ended, or sent what nobody asked for."""
@@ -1633,7 +1633,7 @@ class Pool:
 
     def _close(self, *connections: Connection) -> None:
         for connection in connections:
-            if self.held.pop(connection, self) is self and connection in self.idle:
+            if self.held.pop(connection, None) is None and connection in self.idle:
                 self.idle.remove(connection)
             connection.close()
 
@@ -2005,13 +2005,13 @@ class Proxy:
             raise failure from None
         now = time.monotonic()
         client.answer(action)  # before all else, which would be a tenth of the latency that we add
-        client.connection, connection.holder = connection, client if client.instance else None
+        client.connection = connection
         # the connection that ended had answered nothing but its check, and no open one has answered more
         if (used == 1 and connection in pool.busy
                 and all(each.used < 2 for each in (*pool.idle, *pool.held, *pool.busy))):  # fmt: skip
             pool.use_once()
         # the client may have hung up, and abandoned this request: its connection is not used again
-        pool.answered(connection, action, not client.ended, now)
+        pool.answered(connection, action, not client.ended, now, client if client.instance else None)
         return action
 
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Collection[Pool]) -> Connection:

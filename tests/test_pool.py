@@ -719,8 +719,7 @@ def test_a_connection_that_is_given_up_is_closed_when_its_message_ends(ends: str
     with near, far:
         client = hapolicy_gevent.Client(near)
         eldest, other = Connection(pool, now - 1), Connection(pool, now)
-        eldest.holder = other.holder = client
-        pool.held = {eldest: None, other: None}
+        pool.held = {eldest: client, other: client}
         eldest.idle_since, other.idle_since = now, now + 1
         pool.checker.slowest, pool.checker.began, pool.passed = 0.06, now - hapolicy_gevent.GIVE_UP, True
         pool.share(now)
@@ -1072,7 +1071,7 @@ def test_a_message_waits_for_a_new_connection_before_it_takes_one_that_another_m
     near, far = socket.socketpair()
     with far, contextlib.closing(Client(near)) as client:
         now = client.asked
-        pool.held, pool.checker.slowest = {Connection(pool, now): None}, check
+        pool.held, pool.checker.slowest = {Connection(pool, now): Client(near)}, check
         pool.checker.running = {Connection(pool, now): None}
         assert pool.take(client, now + longest - 0.02) is None
         assert pool.take(client, now + longest) is not None, 'before it may go to another service'
@@ -1195,11 +1194,11 @@ def test_a_connection_that_needs_its_rest_is_left_to_it_while_another_does_not(h
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     near, far = gevent.socket.socketpair()
     with near, far:
+        client = hapolicy_gevent.Client(near)
         resting, other = Connection(pool, now), Connection(pool, now)
         other.silent_at = now - 0.3
         pool.idle = [resting] if held else [other, resting]
-        pool.held = {other: None} if held else {}
-        client = hapolicy_gevent.Client(near)
+        pool.held = {other: hapolicy_gevent.Client(far)} if held else {}
         assert pool.take(client, now + 0.01) is other
         assert pool.take(client, now + 0.01) is resting, 'all the same, where there is no other'
         pool.idle, pool.busy = [*pool.busy], {}
