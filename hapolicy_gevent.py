@@ -345,12 +345,17 @@ class Settings:
         self.max = maximum  # connections and checks at once
         self.fall = 2  # failed mails in a row that take it down while another service is up
         self.stall = 5.0  # seconds without an answer to mail in flight, after which it is stalled
-        self.queries = self.answers = 0  # queries, and how many of them were answered
+        self.queries = 0
         self.failures = dict.fromkeys(FAILURES, 0)
         self.tally = Tally()
 
     def __str__(self) -> str:
         return f'[{self.name}] ({self.address})'  # as each line of the log names it
+
+    @property
+    def answers(self) -> int:
+        """Queries that were answered."""
+        return sum(self.tally.verdicts.values())
 
     @property
     def failed(self) -> int:
@@ -398,7 +403,6 @@ class Service(Settings):
 
     def answered(self, action: bytes, since: float, current: bool, now: float) -> None:
         """Count an answer to a mail that was sent at `since`; if not `current`, the service went down meanwhile."""
-        self.answers += 1
         self.tally.answer(now - since, action)
         if current:
             self.answered_at, self.in_a_row = now, 0
@@ -683,10 +687,16 @@ def quantiles(counts: Iterable[int], pool: Pool, now: float) -> dict[str, float 
 class Statistics:
     """The proxy's counters: a number for each of COUNTERS, and two counters by reason."""
 
-    def __init__(self) -> None:
-        self.requests = self.answers = self.redispatches = self.retries = self.clients = 0
+    def __init__(self, services: Iterable[Service]) -> None:
+        self._services = services
+        self.requests = self.redispatches = self.retries = self.clients = 0
         self.defaults = dict.fromkeys((NO_SERVICE, ALL_FAILED, OUT_OF_TIME, NOT_POLICY), 0)
         self.refused = dict.fromkeys(CLIENT_FAULTS, 0)
+
+    @property
+    def answers(self) -> int:
+        """Requests that a service answered."""
+        return sum(service.answers for service in self._services)
 
     def __str__(self) -> str:
         counted = [f'{name}: {getattr(self, name)}' for name in COUNTERS]
@@ -1371,8 +1381,8 @@ class Checker:
             if why is LATE:
                 service.late_at = now
             pool.queue.balancer.update()
-            for waiter in pool.waiting:  # each waited for this check, and chooses again
-                waiter.woken.set()
+            for client in pool.waiting:  # each waited for this check, and chooses again
+                client.woken.set()
         elif pool.use is UNCHECKED and reason in (DROPPED, INVALID):
             service.check_answered(check.since, now)  # the service answers mail and no checks: it is alive
         elif reason is not UNREACHABLE and self._serves(check, reason):
@@ -1448,7 +1458,7 @@ class Pool:
         self.service, self.queue = service, queue
         self.use = CHECKED if checked else UNCHECKED
         self.places = service.max  # mails at once
-        self.waiting: list[Waiter] = []  # requests that wait for a connection of this pool, first come first
+        self.waiting: list[Client] = []  # those whose requests wait for a connection of this pool, first come first
         self.idle: list[Connection] = []  # the most recently used last; after a retry the least used last
         self.held: dict[Connection, Client] = {}  # and whose message each answered last; the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
@@ -1702,23 +1712,6 @@ class Pool:
             self.queue.log(INFO, f"{what} '{self.service.name}' ({self.service.address})")
 
 
-class Waiter:
-    """A request that waits for a connection."""
-
-    __slots__ = ('client', 'connection', 'pools', 'woken')
-
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self.connection: Connection | None = None  # the one that it got
-        self.pools: list[Pool] = []  # the pools that it waits for: none when it is done
-        self.woken = gevent.event.Event()
-
-    def leave(self) -> None:
-        """Wait no more."""
-        while self.pools:
-            self.pools.pop().waiting.remove(self)
-
-
 class Queue:
     """The requests that wait for a connection: first come, first served. It ties services, pools and balancer."""
 
@@ -1735,35 +1728,34 @@ class Queue:
     def wait(self, client: Client, first: Pool | None, tried: Collection[Pool], deadline: float,
              since: float) -> Connection | None:  # fmt: skip
         """Return a connection of a pool that was not tried, of `first` if that has one soon; None if there is none."""
-        waiter, now = Waiter(client), since
+        now = since
         try:
             while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now, client.key)):
-                self._join(waiter, pools, now)
-                if waiter.connection is None:
+                client.woken.clear()
+                for pool in pools:
+                    if pool not in client.waits_for:
+                        client.waits_for.append(pool)
+                        insort(pool.waiting, client, key=lambda each: each.asked)
+                    self.hand_over(pool, now)
+                    if client.given is not None:
+                        break
+                else:
                     ends = [since + each for each in (*PATIENCES, TRIAL_PATIENCE)]
-                    waiter.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
-                if waiter.connection is not None:
-                    if waiter.connection in waiter.connection.pool.busy:
-                        return waiter.connection
-                    waiter.connection.close()  # its service went down before we ran
-                    waiter.connection = None
-                waiter.woken.clear()
+                    client.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
+                if client.given is not None:
+                    if client.given in client.given.pool.busy:
+                        return client.given
+                    client.given.close()  # its service went down before we ran
+                    client.given = None
                 now = time.monotonic()
             return None
         except BaseException:  # the client left
-            if waiter.connection is not None:  # it was handed over in the same moment
-                waiter.connection.pool.give_back(waiter.connection, unused=waiter.connection.poll is not None)
+            if client.given is not None:  # it was handed over in the same moment
+                client.given.pool.give_back(client.given, unused=client.given.poll is not None)
             raise
         finally:
-            waiter.leave()
-
-    def _join(self, waiter: Waiter, pools: Sequence[Pool], now: float) -> None:
-        for pool in pools:
-            if waiter.connection is None:
-                if pool not in waiter.pools:
-                    waiter.pools.append(pool)
-                    insort(pool.waiting, waiter, key=lambda each: each.client.asked)
-                self.hand_over(pool, now)
+            client.given = None
+            client.leave()
 
     def hand_over(self, pool: Pool, now: float) -> None:
         """Give the pool's connections to the requests that wait for them, and start checks for the rest."""
@@ -1771,12 +1763,12 @@ class Queue:
             pool.checker.grow(now)
         while pool.waiting:
             # a client that has ended was killed, nearly always: it has its turn when no other waits
-            waiter = next((each for each in pool.waiting if not each.client.ended), pool.waiting[0])
-            waiter.connection = pool.take(waiter.client, now)
-            if waiter.connection is None:
+            client = next((each for each in pool.waiting if not each.ended), pool.waiting[0])
+            client.given = pool.take(client, now)
+            if client.given is None:
                 return pool.checker.grow(now)
-            waiter.leave()
-            waiter.woken.set()
+            client.leave()
+            client.woken.set()
 
     def hurry(self, now: float) -> None:
         """Check the services that are down: the last one that is up failed, and one of them may be back."""
@@ -1789,22 +1781,22 @@ class Queue:
         self.log(WARNING, text)
         pool = self.pools[service]
         self.balancer.update()
-        concerned = {waiter for each in self.pools.values() for waiter in each.waiting}
+        concerned = {client for each in self.pools.values() for client in each.waiting}
         if service.state is DOWN:
             pool.reset()
             pool.checker.reset(now)
             concerned = {*pool.waiting}
             pool.waiting.clear()
-            for waiter in concerned:
-                waiter.pools.remove(pool)
+            for client in concerned:
+                client.waits_for.remove(pool)
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
                 self.hurry(now)
         elif service.state is UP and pool.checker.reason:
             pool.use = UNCHECKED
             pool.report(f'fails its checks ({pool.checker.reason}), but answers mail: it is used without checks')
-        for waiter in concerned:
-            waiter.woken.set()
+        for client in concerned:
+            client.woken.set()
 
 
 # --- Proxy -----------------------------------------------------------------------------------------------------------
@@ -1813,7 +1805,8 @@ class Queue:
 class Client(Wire):
     """A Postfix connection: requests in, answers out, in order."""
 
-    __slots__ = ('_data', '_leaving', 'asked', 'closing', 'connection', 'ended', 'instance', 'key', 'unsent')
+    __slots__ = ('_data', '_leaving', 'asked', 'closing', 'connection', 'ended', 'given', 'instance', 'key', 'unsent',
+                 'waits_for', 'woken')  # fmt: skip
 
     def __init__(self, sock: socket.socket) -> None:
         self._data = b''  # received, and no part of a request that was returned
@@ -1824,6 +1817,9 @@ class Client(Wire):
         self.key = b''  # the key of that request, by which Sticky orders the services
         self.instance = b''  # the message that it asks about
         self.connection: Connection | None = None  # the connection that answered this message last
+        self.waits_for: list[Pool] = []  # the pools in whose lines that request stands
+        self.given: Connection | None = None  # the connection that it got there
+        self.woken = gevent.event.Event()
         self.unsent = b''  # the rest of an answer
         super().__init__(sock)
 
@@ -1869,6 +1865,11 @@ class Client(Wire):
                     return request
         raise ClientFault(CUT_OFF, f'{len(self._data)} bytes')
 
+    def leave(self) -> None:
+        """Wait for a connection no more."""
+        while self.waits_for:
+            self.waits_for.pop().waiting.remove(self)
+
     def answer(self, action: bytes) -> None:
         """Send what the kernel takes of an answer now; finish_answer() sends the rest, and meets the errors."""
         answer = b'action=' + action + b'\n\n'
@@ -1910,7 +1911,7 @@ class Proxy:
     def __init__(self, services: Sequence[Service], default: bytes, failed: bytes, deadline: float, log: Log,
                  checked: bool = True) -> None:  # fmt: skip
         """`checked`: check services from the start, as there are many clients; else only once mail has failed there."""
-        self.statistics = Statistics()
+        self.statistics = Statistics(services)
         self.queue = Queue(services, log, checked)
         self.pools, self._balancer = self.queue.pools, self.queue.balancer
         self.clients: set[Client] = set()
@@ -1952,7 +1953,6 @@ class Proxy:
                 # its frames, which hold the request, would stay until the next collection
                 failures[connection.pool], now = failure.with_traceback(None), time.monotonic()
                 continue
-            self.statistics.answers += 1
             if not failures:
                 return action, connection.pool.service, 1, 'answered'
             self.statistics.redispatches += 1

@@ -27,7 +27,6 @@ from hapolicy_gevent import (
     Queue,
     Service,
     ServiceFailure,
-    Waiter,
     connect_failure,
     parse_service,
 )
@@ -108,7 +107,7 @@ def test_late_answers_of_the_last_service_count_where_others_wait_if_nothing_is_
     pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
     pool.service.since, pool.service.answered_at = began, began + answered
     if waiting:
-        pool.waiting.append(Waiter(Client(socket.socketpair()[0])))
+        pool.waiting.append(Client(socket.socketpair()[0]))
         pool.places = 0
     for _ in range(2):
         connection = Connection(pool, began + 9.5)

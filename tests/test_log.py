@@ -101,7 +101,7 @@ def test_whatever_bytes_come_the_log_is_one_readable_line(value: bytes, text: st
 
 
 def test_statistics_read_as_a_line() -> None:
-    assert str(Statistics()) == 'requests: 0, answers: 0, redispatches: 0, retries: 0, clients: 0, defaults: 0'
+    assert str(Statistics([])) == 'requests: 0, answers: 0, redispatches: 0, retries: 0, clients: 0, defaults: 0'
 
 
 def test_an_error_of_ours_is_one_line_with_its_traceback() -> None:

@@ -43,7 +43,6 @@ from hapolicy_gevent import (
     Queue,
     ServiceFailure,
     Sticky,
-    Waiter,
     parse_service,
     parse_sticky,
 )
@@ -108,6 +107,8 @@ class ModelClient(Client):
         self.asked, self.ended = 0.0, False
         self.answers: list[bytes] = []
         self.user = getcurrent()
+        self.waits_for, self.given = [], None
+        self.woken = ModelEvent()  # type: ignore[assignment]
 
     def answer(self, action: bytes) -> None:
         self.answers.append(action)
@@ -132,14 +133,6 @@ class ModelEvent:
         self.model.stop(lambda: self.is_set, self.model.clock.now + seconds)
 
 
-class ModelWaiter(Waiter):
-    """A waiter that stops in the model."""
-
-    def __init__(self, client: Client) -> None:
-        super().__init__(client)
-        self.woken = ModelEvent()  # type: ignore[assignment]
-
-
 class ModelQueue(Queue):
     """Sees that the first come is the first served."""
 
@@ -148,7 +141,7 @@ class ModelQueue(Queue):
     def hand_over(self, pool: Pool, now: float) -> None:
         before = [*pool.waiting]
         super().hand_over(pool, now)
-        served = [waiter.connection is not None for waiter in before]
+        served = [client.given is not None for client in before]
         assert served == sorted(served, reverse=True), 'one that came later was served first'
 
 
@@ -184,10 +177,9 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.saved = hapolicy_gevent.time, hapolicy_gevent.Connection, hapolicy_gevent.Waiter  # type: ignore[attr-defined]
+        self.saved = hapolicy_gevent.time, hapolicy_gevent.Connection  # type: ignore[attr-defined]
         hapolicy_gevent.time = self.clock  # type: ignore[assignment, attr-defined]
         hapolicy_gevent.Connection = ModelConnection  # type: ignore[misc]
-        hapolicy_gevent.Waiter = ModelWaiter  # type: ignore[misc]
         ModelEvent.model = self
         self.instances = (b'm%d' % i for i in itertools.count())
         self.requests: list[Request] = []
@@ -487,7 +479,7 @@ class Model(RuleBasedStateMachine):
         for request in list(self.requests):
             self.main = getcurrent()
             request.greenlet.throw(ClientFault(RESET))
-        hapolicy_gevent.time, hapolicy_gevent.Connection, hapolicy_gevent.Waiter = self.saved  # type: ignore[attr-defined, misc]
+        hapolicy_gevent.time, hapolicy_gevent.Connection = self.saved  # type: ignore[attr-defined, misc]
         gevent.get_hub().loop.update_now()
 
 

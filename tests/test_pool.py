@@ -460,9 +460,9 @@ def test_a_single_use_service_gets_more_mails_at_once_after_a_round_of_answers_u
 
 
 def wait_in_line(pool: Pool) -> None:
-    waiter = hapolicy_gevent.Waiter(hapolicy_gevent.Client(socket.socketpair()[0]))
-    waiter.pools.append(pool)
-    pool.waiting.append(waiter)
+    client = hapolicy_gevent.Client(socket.socketpair()[0])
+    client.waits_for.append(pool)
+    pool.waiting.append(client)
 
 
 @pytest.mark.parametrize(('busy', 'before', 'after'), [(1, 2.5, 2.5), (3, 3, 4)])
