@@ -211,7 +211,7 @@ def first_request(data: bytes) -> tuple[bytes, bytes]:
     end = end_of_message(data)
     if (end or len(data)) > MAX_MESSAGE:
         raise ClientFault(TOO_LONG, f'no end of a request within {MAX_MESSAGE} bytes')
-    return data[:end], data[end:]
+    return data[:end], data[end:].lstrip(LINE_ENDS)
 
 
 def attribute(request: bytes, name: bytes) -> bytes:
@@ -593,13 +593,14 @@ class Balancer:
 
         For PATIENCE it waits for `first`, which was chosen for it, so that shares hold, else for all of the best prio;
         with a key for one pool, for STICKY_PATIENCE. Then it may wait for all pools, after STALLED_PATIENCE for stalled
-        ones, too. If none admits it, it may wait for a check that has just begun.
+        ones, too. If none admits it, it may wait for a check that has just begun, or begins now: one may be back.
         """
         pools = sorted(Sticky.order(key, self.pools) if key else self.pools, key=lambda pool: pool.service.prio)
         left = [pool for pool in pools if pool not in tried]
         admitting = [pool for pool in left if pool.admits(waited, now)]
         if not admitting and (self.up or any(pool.checker.restarts(now) for pool in pools)):
-            admitting = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE]
+            admitting = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE
+                         or (pool.service.state is DOWN and pool.checker.growing(now, 0))]  # fmt: skip
         active = [pool for pool in admitting if waited >= STALLED_PATIENCE or not pool.stalled(now, key)] or admitting
         if waited >= (STICKY_PATIENCE if key else PATIENCE):
             return active
@@ -1611,8 +1612,6 @@ class Pool:
                 service.turn(DOWN, failure.reason, now)  # so that this mail gets --default, not --failed
             self.checker.enabled = True  # under spawn(8), too
             self.checker.grow(now)
-            if alone:
-                self.queue.hurry(now)
         self._release(connection, False, now)
 
     def give_back(self, connection: Connection, unused: bool) -> None:
@@ -1770,12 +1769,6 @@ class Queue:
             client.leave()
             client.woken.set()
 
-    def hurry(self, now: float) -> None:
-        """Check the services that are down: the last one that is up failed, and one of them may be back."""
-        for pool in self.pools.values():
-            if pool.service.state is DOWN:
-                pool.checker.grow(now)
-
     def changed(self, service: Service, text: str, now: float) -> None:
         """Do what follows from a change of a service's state: the requests that it concerns choose again."""
         self.log(WARNING, text)
@@ -1791,7 +1784,6 @@ class Queue:
                 client.waits_for.remove(pool)
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
-                self.hurry(now)
         elif service.state is UP and pool.checker.reason:
             pool.use = UNCHECKED
             pool.report(f'fails its checks ({pool.checker.reason}), but answers mail: it is used without checks')
@@ -1837,33 +1829,30 @@ class Client(Wire):
 
     def _take_in(self, data: bytes | None) -> None:
         self.ended = self.ended or data is None
-        self._data += data or b''
+        self._data = (self._data + (data or b'')).lstrip(LINE_ENDS)
 
     def request(self, seconds: float) -> bytes | None:
         """Return the next request, None at the client's end. Raises ClientFault, OSError.
 
         A client may be idle as long as it likes; a request that has begun has to be complete within so many seconds.
         """
-        request = b''
         if self._data:
             gevent.sleep(0)  # a client that sent several requests lets the others have their turn
-            request, self._data = first_request(self._data)
-        while not (self._data or request or self.ended or self._leaving):
+        while not (self._data or self.ended or self._leaving):
             data = self.receive()
             if data and data[0] not in LINE_ENDS and end_of_message(data) == len(data):
                 return data  # one request and no more, as nearly always
             self._take_in(data)
-            request, self._data = first_request(self._data)
-        return request or (self._rest_of_request(seconds) if self._data else None)
-
-    def _rest_of_request(self, seconds: float) -> bytes:
+        if not self._data:
+            return None
         with gevent.Timeout(seconds, ClientFault(TOO_SLOW, f'no end within {seconds:.3g}s')):
-            while not self.ended:
-                self._take_in(self.receive())
+            while True:
                 request, self._data = first_request(self._data)
                 if request:
                     return request
-        raise ClientFault(CUT_OFF, f'{len(self._data)} bytes')
+                if self.ended:
+                    raise ClientFault(CUT_OFF, f'{len(self._data)} bytes')
+                self._take_in(self.receive())
 
     def leave(self) -> None:
         """Wait for a connection no more."""

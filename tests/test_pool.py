@@ -649,7 +649,7 @@ def test_each_failed_check_doubles_the_backoff_and_failed_mail_ends_it(monkeypat
 
     def next_check(now: float) -> float:
         for tick in range(1000):
-            queue.hurry(now + tick / 10)
+            a.checker.grow(now + tick / 10)
             for check in a.checker.running:
                 check.since = now + tick / 10
                 a.checker.failed(check, ServiceFailure(REFUSED, 'refused'), check.since)
