@@ -403,7 +403,11 @@ class Service(Settings):
 
     def answered(self, action: bytes, since: float, current: bool, now: float) -> None:
         """Count an answer to a mail that was sent at `since`; if not `current`, the service went down meanwhile."""
-        self.tally.answer(now - since, action)
+        tally, seconds = self.tally, now - since
+        tally.answered[bisect_left(BOUNDS, seconds)] += 1
+        tally.verdicts[verdict(action.partition(b' ')[0])] += 1
+        tally.sum += seconds
+        tally.mean = seconds if tally.mean == math.inf else (tally.mean + seconds) / 2
         if current:
             self.answered_at, self.in_a_row = now, 0
             if since > self.newest:
@@ -659,18 +663,6 @@ class Tally:
         self.sum = 0.0  # seconds of all answers
         self.mean = math.inf  # seconds of an answer lately: each new one counts as much as all before it
         self.last_failure: tuple[float, str] | None = None  # when the service failed (monotonic seconds), and why
-
-    def answer(self, seconds: float, action: bytes) -> None:
-        """Count a query that was answered after so many seconds."""
-        self.answered[bisect_left(BOUNDS, seconds)] += 1
-        self.verdicts[verdict(action.partition(b' ')[0])] += 1
-        self.sum += seconds
-        self.mean = seconds if self.mean == math.inf else (self.mean + seconds) / 2
-
-    def fail(self, seconds: float, why: str, now: float) -> None:
-        """Count a query that failed after so many seconds."""
-        self.failed[bisect_left(BOUNDS, seconds)] += 1
-        self.last_failure = now, why
 
 
 def quantiles(counts: Iterable[int], pool: Pool, now: float) -> dict[str, float | None]:
@@ -1598,7 +1590,8 @@ class Pool:
         """Close a connection whose mail was not answered, and start a check."""
         service = self.service
         service.failures[failure.reason] += 1
-        service.tally.fail(now - connection.since, f'{failure.reason}, {failure}', now)
+        service.tally.failed[bisect_left(BOUNDS, now - connection.since)] += 1
+        service.tally.last_failure = now, f'{failure.reason}, {failure}'
         if self.busy.pop(connection, self) is None:  # else the service went down after the mail was sent
             failure.at, service.failed_at = connection.since if failure.reason is LATE else now, now
             alone = self.queue.balancer.alone(service)

@@ -743,7 +743,7 @@ def test_connections_are_given_up_the_less_often_the_more_that_costs_the_server(
 ) -> None:  # fmt: skip
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.checker.slowest, pool.checker.began, pool.checker.full, pool.passed = check, now, full, True
-    pool.service.tally.answer(mail, b'DUNNO')
+    pool.service.tally.mean = mail
     connections = [Connection(pool, now + i) for i in range(number)]
     pool.busy = dict.fromkeys(connections)
     pace = pace or 100
@@ -952,7 +952,7 @@ def test_a_connection_is_not_given_up_as_soon_as_a_slow_check_has_passed() -> No
     only = Connection(pool, now)
     pool.idle, pool.passed, pool.checker.began, pool.service.checked_at = [only], True, now - 2, now
     pool.checker.slowest = 2
-    pool.service.tally.answer(0.01, b'DUNNO')
+    pool.service.tally.mean = 0.01
     pool.share(now + 0.1)
     assert only.expires > now + 0.1, 'its check took all the time after which a connection is given up'
     pool.share(now + 2)

@@ -19,12 +19,13 @@ import pytest
 
 from hapolicy_gevent import (
     BOUNDS,
+    LATE,
     STATUS_PAGE,
     Connection,
     Log,
     Proxy,
     Queue,
-    Tally,
+    ServiceFailure,
     buckets,
     duration,
     parse_service,
@@ -300,13 +301,13 @@ def test_quantiles_are_the_bounds_that_hold() -> None:
     tally = pool.service.tally
     assert set(quantiles(tally.answered, pool, 0).values()) == {None}
     for _ in range(98):
-        tally.answer(0.0011, b'DUNNO')
+        pool.service.answered(b'DUNNO', 0, False, 0.0011)
     assert quantiles(tally.answered, pool, 0) == {'p50': 0.00125, 'p95': 0.00125, 'p99': 0.00125}
     pool.busy[Connection(pool, 100)] = None
     assert quantiles(tally.answered, pool, 130)['p99'] == pytest.approx(31.5), 'one in flight'
     assert quantiles(tally.answered, pool, 1000)['p99'] == 100, 'also for more'
     pool.busy.clear()
-    tally.fail(500, 'timeout', 0)
+    pool.failed(Connection(pool, 0), ServiceFailure(LATE, 'no answer'), 500)
     assert sum(tally.answered) == 98 and tally.failed[-2:] == [0, 1]
     assert tally.sum == pytest.approx(98 * 0.0011)
     assert list(BOUNDS) == sorted(BOUNDS)
@@ -424,10 +425,10 @@ def test_every_metric_is_the_counter() -> None:
 
 
 def test_the_buckets_are_cumulative_at_1_2_5() -> None:
-    tally = Tally()
+    service = parse_service('A=127.0.0.1:1')
     for seconds in (0.00005, 0.0002, 0.00021, 0.3, 1000):
-        tally.answer(seconds, b'DUNNO')
-    found = dict(buckets(tally))
+        service.answered(b'DUNNO', 0, False, seconds)
+    found = dict(buckets(service.tally))
     assert list(found)[:4] == ['0.0001', '0.0002', '0.0005', '0.001']
     assert list(found)[-4:] == ['20', '50', '100', '+Inf'] and len(found) == 20
     assert [found[bound] for bound in ('0.0001', '0.0002', '0.0005', '0.2', '0.5', '100', '+Inf')] == [
