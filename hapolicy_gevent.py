@@ -876,7 +876,7 @@ class Wire:
         raise NotImplementedError
 
     def pause(self) -> None:
-        """Leave what comes in the kernel until the next receive() or watch(); the peer's end is not seen either."""
+        """Leave what comes in the kernel until watch(), before the next receive(); the peer's end is not seen either."""
         self._watcher.stop()
 
     def watch(self) -> None:
@@ -886,8 +886,6 @@ class Wire:
 
     def receive(self) -> bytes | None:
         """Sleep until there is something to receive; return it, None at the end, b'' if woken early. Raises OSError."""
-        if not self._watcher.active:
-            self.watch()
         self._waits = True
         try:
             SWITCH_TO(self._hub)
@@ -1074,9 +1072,8 @@ class Connection(Wire):
             sent = True
             if rest := self.send(request):
                 self.socket.sendall(rest)
+                self.watch()
             while (chunk := self.receive()) is not None:
-                if not chunk:
-                    continue
                 if PLAIN_ANSWER(chunk) and not self._data:  # nearly always
                     self.used += 1
                     return chunk[7:].rstrip()
@@ -1841,6 +1838,8 @@ class Client(Wire):
         with gevent.Timeout(seconds, ClientFault(TOO_SLOW, f'no end within {seconds:.3g}s')):
             while True:
                 request, self._data = first_request(self._data)
+                if len(self._data) <= MAX_MESSAGE:
+                    self.watch()
                 if request:
                     return request
                 if self.ended:
