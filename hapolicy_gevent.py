@@ -580,13 +580,12 @@ class Balancer:
             for pool in Sticky.order(key, pools) if key else turns():
                 if pool in looked:
                     continue
+                # the first condition saves the call, nearly always under load; so it does in the next line
+                if now - pool.service.answered_at <= QUIET or not pool.stalled(now, key):
+                    if (pool.idle and len(pool.busy) < pool.places) or pool.ready(now, key):
+                        return pool
+                    first_up = first_up or (pool if pool.service.state is UP else None)
                 looked.add(pool)
-                if now - pool.service.answered_at > QUIET and pool.stalled(now, key):
-                    continue  # the comparison of times saves the call, nearly always under load
-                # the first condition saves the call
-                if (pool.idle and len(pool.busy) < pool.places) or pool.ready(now, key):
-                    return pool
-                first_up = first_up or (pool if pool.service.state is UP else None)
             if first_up is not None:  # the next prio is for requests that have waited
                 return first_up if key else None
         return None
@@ -1914,7 +1913,7 @@ class Proxy:
             return self._give_default(client, NOT_POLICY, {})
         key = b'' if self._balancer.sticky is None else self._balancer.sticky.key(request)
         last = client.connection  # the message holds it while its instance and its key stay the same
-        if last is not None and (instance != client.instance or not instance or key != client.key):
+        if last is not None and (instance != client.instance or key != client.key):
             last.pool.let_go(last, client, now)
         client.instance, client.key = instance, key
         deadline = now + self._deadline
