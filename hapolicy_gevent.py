@@ -364,10 +364,9 @@ class Settings:
 
 
 class Service(Settings):
-    """One policy server: its settings, its counters, and whether it is up. Pure: it never does I/O.
+    """One policy server: its settings, its counters, and whether it is up.
 
-    States: UP takes mail; DOWN takes none until a check passes; TRIAL takes a few mails at a time until one is
-    answered. Mail alone takes a service down only while another one is up: strangers can send mail that fails.
+    UP takes mail; DOWN takes none until a check passes; TRIAL takes a few mails at a time until one is answered.
     """
 
     state = UP
@@ -461,10 +460,7 @@ def parse_service(text: str) -> Service:
 
 
 def one_cycle(pools: Sequence[Pool], turns: int) -> Iterator[Pool]:
-    """Yield so many turns, to each pool as its service's weight says: smooth weighted round robin (as nginx's).
-
-    At each turn every pool gains its weight. The richest pool has the turn, and pays what all have gained.
-    """
+    """Yield so many turns, to each pool as its service's weight says: smooth weighted round robin (as nginx's)."""
     total = sum(pool.service.weight for pool in pools)
     credit = dict.fromkeys(pools, 0)
     for _ in range(turns):
@@ -497,10 +493,9 @@ def name_hash(name: str) -> int:
 
 
 class Sticky:
-    """Orders the services for each mail, the same way at each proxy: by a key made of some attributes. Pure.
+    """Orders the services for each mail, the same way at each proxy: by a key made of some attributes.
 
-    Weighted rendezvous hashing: each service has a score for each key, and the greatest score wins. The keys of a
-    service that is removed go to the others; a service that is added takes its share; no other key moves.
+    Weighted rendezvous hashing: each service has a score for each key, and the greatest score wins.
     """
 
     def __init__(self, text: str, attributes: list[tuple[bytes, Callable[[bytes], bytes]]]) -> None:
@@ -667,7 +662,7 @@ class Tally:
 def quantiles(counts: Iterable[int], pool: Pool, now: float) -> dict[str, float | None]:
     """Return p50, p95 and p99 in seconds, each one of BOUNDS (100 s for longer times, too); None for no query.
 
-    `counts`: answered and failed queries by step. The queries in flight are added, with their time so far.
+    Of `counts`, queries by step, and of the queries in flight, with their time so far.
     """
     counts = [*counts]
     for query in pool.busy:
@@ -1092,11 +1087,7 @@ class Connection(Wire):
         return self._take_in(b'', closed=True) or b''
 
     def needs_rest(self, now: float) -> bool:
-        """Return whether its next request would have to wait, as it was used for too long without enough silence.
-
-        After a surplus answer each request gets its predecessor's answer, for as long as the next request comes before
-        its own answer.
-        """
+        """Return whether its next request would have to wait, as it was used for too long without enough silence."""
         return now - self.idle_since < self.quiet < (now - self.silent_at) / REST_AFTER
 
     def _see_silence(self, left: float) -> None:
@@ -1216,12 +1207,8 @@ class QueryTimeout(gevent.Timeout):
 class Checker:
     """Decides by checks whether one more connection to a service may be opened: grow() alone starts checks.
 
-    A check is one policy request of our own on a new connection. It passes if one valid answer comes and then silence
-    for QUIET: the connection joins the pool. No mail waits on it meanwhile, so many checks may run at once.
-
-    A service is *full* when it serves some connections and lets a further check wait, or hangs up on it: a prefork
-    server whose children are all taken, or a server with a limit. Then one check at a time is made, and more after each
-    that passes: the pool at most doubles. At a single-use service fewer mails are sent at once. Full is not down.
+    No mail waits on an unanswered check, so many may run at once. A service is *full* when it serves some connections
+    and lets a further check wait, or hangs up on it: then one check at a time is made, and more after each that passes.
     """
 
     def __init__(self, pool: Pool, enabled: bool) -> None:
@@ -1576,7 +1563,12 @@ class Pool:
                 self.checker.at_once = min(self.checker.at_once + 1 / self.checker.at_once, self.service.max)
         if connection.spent is SURPLUS and current:
             self.said_more('more than one answer to a request', now)
-        self._release(connection, keep, now, holder)
+        if not keep or holder is None:
+            self._release(connection, keep, now)
+        else:
+            self.held[connection] = holder
+            if self.waiting:
+                self.queue.hand_over(self, now)
 
     def _unread(self, now: float) -> bool:
         """Return whether a mail on a new connection is late: no worker may be free for it, and each close frees one."""
@@ -1607,10 +1599,8 @@ class Pool:
         """Take back a connection whose request was abandoned; close it, unless the request was not sent."""
         self._release(connection, self.busy.pop(connection, self) is None and unused, time.monotonic())
 
-    def _release(self, connection: Connection, keep: bool, now: float, holder: Client | None = None) -> None:
-        if keep and holder is not None:
-            self.held[connection] = holder
-        elif keep and now < connection.expires:
+    def _release(self, connection: Connection, keep: bool, now: float) -> None:
+        if keep and now < connection.expires:
             self.idle.append(connection)
         else:
             connection.close()
