@@ -875,8 +875,7 @@ class Wire:
 
     def watch(self) -> None:
         """End a pause."""
-        if not self._watcher.active:
-            self._watcher.start(self._readable)
+        self._watcher.start(self._readable)
 
     def receive(self) -> bytes | None:
         """Sleep until there is something to receive; return it, None at the end, b'' if woken early. Raises OSError."""
