@@ -92,8 +92,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
 import gevent
-import gevent.event
 import gevent.socket
+from gevent.event import Event
 from greenlet import getcurrent, greenlet
 
 __version__ = '2.1.0'
@@ -177,7 +177,7 @@ class ServiceFailure(Exception):
 
 
 class Ended(ServiceFailure):
-    """Nobody's fault: a connection that had answered something ended before the first byte of an answer."""
+    """Nobody's fault: a connection that had answered something ended before the end of an answer."""
 
 
 class NotSent(Ended):
@@ -261,7 +261,9 @@ def parse_answer(data: bytes, closed: bool = False, start: int = 0) -> tuple[byt
             return clean_action(line[7:]), end > 0 and data[end:].strip(LINE_ENDS) != b''
         if line == b'action':
             raise InvalidAnswer('an action without a value')
-    raise InvalidAnswer('an answer without an action' if end else 'the end of the connection in mid-answer')
+    if not end:
+        raise InvalidAnswer('it hung up in mid-answer' if data else 'it hung up without an answer')
+    raise InvalidAnswer('an answer without an action')
 
 
 # --- Services and balancing: no I/O, `now` (monotonic seconds) is an argument ----------------------------------------
@@ -573,7 +575,8 @@ class Balancer:
             first_up: Pool | None = None
             looked = {*tried}  # a cycle may have many turns
             for pool in Sticky.order(key, pools) if key else turns():
-                if pool in looked:
+                # a mail that failed elsewhere is no trial: a second one that fails would take the rest of its time
+                if pool in looked or (tried and self.up and pool.service.state is TRIAL):
                     continue
                 # the first condition saves the call, nearly always under load; so it does in the next line
                 if now - pool.service.answered_at <= QUIET or not pool.stalled(now, key):
@@ -770,7 +773,7 @@ class Log:
         self._ident, self._fd = ident, fd  # '' and -1: nothing goes there
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._lines: list[Line] = []
-        self._more = gevent.event.Event()
+        self._more = Event()
         gevent.spawn(self._write)
 
     def __call__(self, level: int, text: str) -> None:
@@ -870,7 +873,7 @@ class Wire:
         raise NotImplementedError
 
     def pause(self) -> None:
-        """Leave what comes in the kernel until watch(), before the next receive(); the peer's end is not seen either."""
+        """Leave what comes in the kernel until watch(), before the next receive(); a peer's end is not seen either."""
         self._watcher.stop()
 
     def watch(self) -> None:
@@ -878,7 +881,7 @@ class Wire:
         self._watcher.start(self._readable)
 
     def receive(self) -> bytes | None:
-        """Sleep until there is something to receive; return it, None at the end, b'' if woken early. Raises OSError."""
+        """Sleep until there is something to receive; return it, None at the end or a reset, b'' if woken early."""
         self._waits = True
         try:
             SWITCH_TO(self._hub)
@@ -889,6 +892,8 @@ class Wire:
             return recv(RECEIVE) or None
         except BlockingIOError:
             return b''
+        except OSError:
+            return None
 
     def send(self, data: bytes) -> bytes:
         """Send what the kernel takes now; return the rest. Raises OSError."""
@@ -1081,8 +1086,6 @@ class Connection(Wire):
         finally:
             stop()
         self.spent = ENDED
-        if not self._data:
-            raise (Ended if self.used else ServiceFailure)(DROPPED, 'it hung up without an answer')
         return self._take_in(b'', closed=True) or b''
 
     def needs_rest(self, now: float) -> bool:
@@ -1114,7 +1117,8 @@ class Connection(Wire):
         try:
             answer = parse_answer(self._data, closed, max(0, seen - 2))
         except InvalidAnswer as error:
-            raise ServiceFailure(DROPPED if closed else INVALID, str(error)) from None
+            kind = Ended if closed and self.used else ServiceFailure
+            raise kind(DROPPED if closed else INVALID, str(error)) from None
         if answer is None:
             return None
         action, more = answer
@@ -1276,14 +1280,16 @@ class Checker:
         if not self.enabled or self._too_early(now):
             return
         late = running > 0 and now - self.began > self.slow + CONNECT_TIMEOUT * (self.full > 0) and not self.passing
-        stuck = late and not (self.full and pool.open) and (bool(pool.waiting) or not pool.queue.balancer.up)
+        needed = bool(pool.waiting) or not pool.queue.balancer.up or (running < 2 and pool.stalled(now))
+        stuck = late and needed and not (self.full and pool.open)
         down = pool.service.state is DOWN
-        places = 1 if pool.use is SINGLE_USE else pool.places - len(pool.busy)
+        places = 1 if pool.use is SINGLE_USE else pool.service.max - len(pool.busy)
         one_more = more or stuck or down or self.due(now)
         wanted = max(min(len(pool.waiting), places), running + one_more)
         number = min(wanted, (1 if down else max(int(self.at_once), self.full - pool.open)) + stuck)
         if stuck:
             pool.connector.rotate(self.began)
+            pool._close(*pool.idle, *pool.held)  # they may lead to the address that hangs
             if running > 1 and (running >= number or not pool.room):
                 self.stop(*[*self.running][:-1])  # the youngest: the elder ones go on, as the server may only be slow
         for _ in range(min(number - len(self.running), pool.room)):
@@ -1669,7 +1675,8 @@ class Pool:
     def prune(self, now: float) -> None:
         """Close what is idle soon, as others may need a worker; the last one that answered mail later."""
         if not self.waiting and self.service.state is UP:  # a mail may wait for a child behind checks that nobody needs
-            self.checker.stop(*[*self.checker.running][:1])
+            running = [*self.checker.running]
+            self.checker.stop(*running[:1], *[each for each in running if now - each.since <= self.checker.slow])
             if not self.checker.running and self.open < self.checker.full / 2:
                 self.checker.full = 0  # nothing has met the limit lately
         unread = self._unread(now)
@@ -1708,11 +1715,10 @@ class Queue:
         now = since
         try:
             while now < deadline and (pools := self.balancer.candidates(first, tried, now - since, now, client.key)):
-                client.woken.clear()
+                client.woken = Event()
                 for pool in pools:
                     if pool not in client.waits_for:
-                        client.waits_for.append(pool)
-                        insort(pool.waiting, client, key=lambda each: each.asked)
+                        client.join(pool)
                     self.hand_over(pool, now)
                     if client.given is not None:
                         break
@@ -1739,8 +1745,7 @@ class Queue:
         if pool.use is SINGLE_USE and pool.checker.due(now):  # before mail takes all places
             pool.checker.grow(now)
         while pool.waiting:
-            # a client that has ended was killed, nearly always: it has its turn when no other waits
-            client = next((each for each in pool.waiting if not each.ended), pool.waiting[0])
+            client = pool.waiting[0]
             client.given = pool.take(client, now)
             if client.given is None:
                 return pool.checker.grow(now)
@@ -1759,7 +1764,7 @@ class Queue:
             concerned = {*pool.waiting}
             pool.waiting.clear()
             for client in concerned:
-                client.waits_for.remove(pool)
+                client.waits_for = tuple(each for each in client.waits_for if each is not pool)
             if not self.balancer.up:
                 self.log(WARNING, 'No service is up: requests get the default action')
         elif service.state is UP and pool.checker.reason:
@@ -1778,6 +1783,8 @@ class Client(Wire):
     __slots__ = ('_data', '_leaving', 'asked', 'closing', 'connection', 'ended', 'given', 'instance', 'key', 'unsent',
                  'waits_for', 'woken')  # fmt: skip
 
+    woken: Event  #: what wakes its greenlet while it waits for a connection
+
     def __init__(self, sock: socket.socket) -> None:
         self._data = b''  # received, and no part of a request that was returned
         self.ended = False  # it will send nothing more, or we have sent our end
@@ -1787,9 +1794,8 @@ class Client(Wire):
         self.key = b''  # the key of that request, by which Sticky orders the services
         self.instance = b''  # the message that it asks about
         self.connection: Connection | None = None  # the connection that answered this message last
-        self.waits_for: list[Pool] = []  # the pools in whose lines that request stands
+        self.waits_for: tuple[Pool, ...] = ()  # the pools in whose lines that request stands
         self.given: Connection | None = None  # the connection that it got there
-        self.woken = gevent.event.Event()
         self.unsent = b''  # the rest of an answer
         super().__init__(sock)
 
@@ -1804,6 +1810,11 @@ class Client(Wire):
             self.user.throw(ClientFault(RESET))  # wherever its greenlet waits: for a service, most likely
         if self.ended or len(self._data) > MAX_MESSAGE:
             self.pause()
+        if self.ended:  # it was killed, nearly always: it has its turn when no other waits
+            pools = self.waits_for
+            self.leave()
+            for pool in pools:
+                self.join(pool)
 
     def _take_in(self, data: bytes | None) -> None:
         self.ended = self.ended or data is None
@@ -1834,10 +1845,16 @@ class Client(Wire):
                     raise ClientFault(CUT_OFF, f'{len(self._data)} bytes')
                 self._take_in(self.receive())
 
+    def join(self, pool: Pool) -> None:
+        """Wait for a connection of a pool: in the order of the requests, behind all others if the client has ended."""
+        self.waits_for += (pool,)
+        insort(pool.waiting, self, key=lambda each: (each.ended, each.asked))
+
     def leave(self) -> None:
         """Wait for a connection no more."""
-        while self.waits_for:
-            self.waits_for.pop().waiting.remove(self)
+        for pool in self.waits_for:
+            pool.waiting.remove(self)
+        self.waits_for = ()
 
     def answer(self, action: bytes) -> None:
         """Send what the kernel takes of an answer now; finish_answer() sends the rest, and meets the errors."""
@@ -2371,9 +2388,6 @@ def parse_action(text: str, option: str) -> bytes:
         return action
 
 
-LOOPBACKS = {'0.0.0.0': '127.0.0.1', '::': '::1'}  #: what listens at all addresses listens at this one, too
-
-
 def parse_listen(text: str, option: str) -> Address:
     """Return the address that an option gives to listen on. Raises UsageError."""
     with blaming(f"{option} '{text}'", '<IPv4>:<port>, [<IPv6>]:<port> or unix:/path'):
@@ -2515,6 +2529,18 @@ def check_services(services: Sequence[Service]) -> int:
     return status
 
 
+LOOPBACKS = {'0.0.0.0': '127.0.0.1', '::': '::1'}  #: what listens at all addresses listens at this one, too
+
+
+def compare_addresses(options: SimpleNamespace, ours: list[Address]) -> None:
+    """Refuse a service, or a status, at an address where clients are served. Raises UsageError."""
+    local = [address._replace(host=LOOPBACKS.get(address.host, address.host)) for address in ours]
+    if own := [service for service in options.service if service.address in ours + local]:  # it would ask itself
+        raise UsageError(f"--service '{own[0].name}': {own[0].address} is where hapolicy itself listens")
+    if options.status and (not ours or options.status in ours):
+        raise UsageError(f"--status '{options.status}' needs {'an address of its own' if ours else '--listen'}")
+
+
 def open_listeners(options: SimpleNamespace) -> dict[Address, socket.socket]:
     """Return the listening sockets of --status and of all --listen. Raises OSError.
 
@@ -2610,16 +2636,16 @@ def review(options: SimpleNamespace, log: Log) -> None:
             service.timeout = longest
 
 
-def stop_signal() -> gevent.event.Event:
+def stop_signal() -> Event:
     """Return what SIGTERM and SIGINT set; the second of them ends the process."""
-    asked = gevent.event.Event()
+    asked = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, lambda: os._exit(1) if asked.is_set() else asked.set())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is no configuration to read again, and mail is in flight
     return asked
 
 
-def serve_stdin(proxy: Proxy, stop: gevent.event.Event, grace: float, log: Log) -> bool:
+def serve_stdin(proxy: Proxy, stop: Event, grace: float, log: Log) -> bool:
     """Serve the one client on stdin and stdout; return False if its answers could not all be given."""
     if is_client(1):
         served: Any = gevent.spawn(proxy.handle, socket.socket(fileno=os.dup(0)))
@@ -2660,7 +2686,7 @@ def start_server(listener: socket.socket, handle: Callable[..., None], greenlets
     return server
 
 
-def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop: gevent.event.Event,
+def serve_listeners(listeners: dict[Address, socket.socket], proxy: Proxy, stop: Event,
                     options: SimpleNamespace, log: Log) -> bool:  # fmt: skip
     """Serve clients until stopped; return False if some were left at the end of the grace."""
     from gevent.pool import Pool as GreenletPool
@@ -2715,13 +2741,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.check_services:
             return check_services(options.service)
         listeners = inherited_listeners()
-        ours = [*listeners, *options.listen]
-        ours += [address._replace(host=LOOPBACKS[address.host]) for address in ours if address.host in LOOPBACKS]
-        if own := [service for service in options.service if service.address in ours]:  # it would ask itself for ever
-            raise UsageError(f"--service '{own[0].name}': {own[0].address} is where hapolicy itself listens")
-        if options.status and (not ours or options.status in ours):
-            lacks = 'an address of its own' if ours else '--listen'
-            raise UsageError(f"--status '{options.status}' needs {lacks}")
+        compare_addresses(options, [*listeners, *options.listen])
         listeners.update(open_listeners(options))
     except (UsageError, OSError) as error:
         complain(str(error))

@@ -107,8 +107,7 @@ class ModelClient(Client):
         self.asked, self.ended = 0.0, False
         self.answers: list[bytes] = []
         self.user = getcurrent()
-        self.waits_for, self.given = [], None
-        self.woken = ModelEvent()  # type: ignore[assignment]
+        self.waits_for, self.given = (), None
 
     def answer(self, action: bytes) -> None:
         self.answers.append(action)
@@ -177,9 +176,10 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.saved = hapolicy_gevent.time, hapolicy_gevent.Connection  # type: ignore[attr-defined]
+        self.saved = hapolicy_gevent.time, hapolicy_gevent.Connection, hapolicy_gevent.Event  # type: ignore[attr-defined]
         hapolicy_gevent.time = self.clock  # type: ignore[assignment, attr-defined]
         hapolicy_gevent.Connection = ModelConnection  # type: ignore[misc]
+        hapolicy_gevent.Event = ModelEvent  # type: ignore[misc]
         ModelEvent.model = self
         self.instances = (b'm%d' % i for i in itertools.count())
         self.requests: list[Request] = []
@@ -479,7 +479,7 @@ class Model(RuleBasedStateMachine):
         for request in list(self.requests):
             self.main = getcurrent()
             request.greenlet.throw(ClientFault(RESET))
-        hapolicy_gevent.time, hapolicy_gevent.Connection = self.saved  # type: ignore[attr-defined, misc]
+        hapolicy_gevent.time, hapolicy_gevent.Connection, hapolicy_gevent.Event = self.saved  # type: ignore[attr-defined, misc]
         gevent.get_hub().loop.update_now()
 
 
