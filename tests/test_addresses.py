@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.support import (
     ask_all,
     echo,
     free_port,
+    hang,
     request,
     slow,
     stubs,
@@ -160,6 +162,23 @@ def test_a_burst_goes_to_the_first_address_of_a_name_and_not_to_a_deaf_second(tm
         with ProxyProcess('-s', f'A=x:{a.port}:::3', environment=names.environment) as proxy:
             assert set(ask_all(proxy, 16, 20)) == {'A'}
             assert ') failed: ' not in proxy.log
+
+
+def test_a_name_goes_on_at_its_second_address_where_the_first_hangs_and_another_service_is_up(tmp_path: Path) -> None:
+    names, well = NameServer(tmp_path), threading.Event()
+    well.set()
+
+    def hangs_later(peer: Peer, message: bytes) -> None:
+        (echo if well.is_set() else hang)(peer, message)
+
+    with stubs(slow(0.02), echo) as (a, b), PolicyServerStub(hangs_later, 'hangs', a.port, host='127.0.0.3'):
+        names.write('127.0.0.3 127.0.0.1')
+        services = f'-sA=x:{a.port}', f'-s{b.service}:20'
+        with ProxyProcess(*services, environment=names.environment) as proxy:
+            assert set(ask_all(proxy, 10, 2)) == {'hangs'}
+            well.clear()
+            with SmtpdLoad(proxy.port, 40, 0.1, second_try=False) as load:
+                wait_until(lambda: 'A' in {each.server for each in load.tries[-20:]}, 10)
 
 
 def test_of_two_addresses_that_fail_the_one_that_may_be_well_decides(tmp_path: Path) -> None:

@@ -154,6 +154,16 @@ def test_a_service_that_returns_gets_no_burst() -> None:
     assert Counter(choose(balancer) for _ in range(10)) == {'a': 5, 'b': 5}
 
 
+def test_a_mail_that_failed_elsewhere_is_no_trial_while_another_service_is_up() -> None:
+    balancer, (a, b, c) = balancing(service('a'), service('b'), service('c', prio=20))
+    b.service.turn(TRIAL, 'its check passed', 0)
+    assert balancer.choose(b'', [a], 0) is c, 'a second one that fails would take the rest of its time'
+    assert balancer.candidates(None, [a, c], 0, 0) == [b]
+    c.service.turn(DOWN, 'refused', 0)
+    a.service.turn(DOWN, 'refused', 0)
+    assert balancer.choose(b'', [a], 0) is b
+
+
 def test_on_trial_a_service_has_one_mail_at_a_time_and_some_where_no_other_is_up() -> None:
     _, (a, b) = balancing(service('a'), service('b'))
     a.service.turn(TRIAL, 'its check passed', 0)

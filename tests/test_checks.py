@@ -16,7 +16,7 @@ import gevent
 import pytest
 
 import hapolicy_gevent
-from hapolicy_gevent import Connection, Log, Proxy, Queue, parse_service
+from hapolicy_gevent import Client, Connection, Log, Proxy, Queue, parse_service
 from tests.servers import End, OneInTen, checked, closes_after, closes_idle
 from tests.support import (
     SCALE,
@@ -226,6 +226,12 @@ def test_a_check_that_a_fault_of_ours_ends_takes_no_service_down(
     told = ' cannot be checked: Too many open files\n'
     wait_until(lambda: gevent.sleep(0.01) or told in path.read_text())  # type: ignore[func-returns-value]
     assert pool.service.state == 'up'
+    for _ in range(20):
+        Client(socket.socketpair()[0]).join(pool)
+    gevent.sleep(0.2)
+    before = path.read_text().count(told)
+    gevent.sleep(1)
+    assert path.read_text().count(told) - before <= 11, 'a line for each round, not for each request that waits'
 
 
 def test_connections_that_have_ended_a_moment_ago_are_not_counted_as_open() -> None:

@@ -126,6 +126,19 @@ def test_ten_thousand_connects_and_hang_ups_leave_nothing_behind() -> None:
         wait_until(lambda: proxy.descriptors <= before + 1, what='descriptors as before')
 
 
+def test_clients_that_reset_what_they_never_used_are_not_logged() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy:
+        for data in b'', b'request=smtpd':
+            with proxy.client() as client:
+                sock = socket.create_connection(('127.0.0.1', proxy.port))
+                sock.sendall(data)
+                time.sleep(0.05)
+                reset(sock)
+                assert client.ask_own() == 'A'
+        proxy.logged('Client connection closed')
+        assert proxy.log.count('Client connection closed') == 1, 'a balancer looks so whether somebody listens'
+
+
 def test_out_of_descriptors_clients_wait_in_the_backlog_and_are_served_later() -> None:
     with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy:
         with proxy.client() as client:

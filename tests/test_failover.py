@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 from bench.processes import PolicyService, Processes
 from tests.support import (
     SCALE,
+    HangUp,
+    Peer,
     PolicyServerStub,
     PostfixClient,
     ProxyProcess,
@@ -42,6 +45,23 @@ def test_the_only_server_is_used_again_soon_after_a_restart(gone: float, back: f
         wait_until(lambda: gone or (client.ask_own() == 'default' and 'is down' in proxy.log))
         a.start()
         assert seconds_of(lambda: wait_until(lambda: client.ask_own() == 'A')) < back * SCALE
+
+
+def test_a_server_that_ends_in_mid_answer_is_asked_once_more_on_another_connection() -> None:
+    ends = threading.Event()
+
+    def cut(peer: Peer, message: bytes) -> None:
+        if ends.is_set():
+            ends.clear()
+            peer.send(b'action=DUN')
+            raise HangUp
+        echo(peer, message)
+
+    with stubs(cut) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        for _ in range(3):
+            assert client.ask_own() == 'A'
+            ends.set()
+            assert client.ask_own() == 'A'
 
 
 def test_a_proxy_in_front_of_a_proxy_sees_its_servers_end_at_the_right_place() -> None:

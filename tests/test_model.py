@@ -179,7 +179,7 @@ class Model(RuleBasedStateMachine):
         self.saved = hapolicy_gevent.time, hapolicy_gevent.Connection, hapolicy_gevent.Event  # type: ignore[attr-defined]
         hapolicy_gevent.time = self.clock  # type: ignore[assignment, attr-defined]
         hapolicy_gevent.Connection = ModelConnection  # type: ignore[misc]
-        hapolicy_gevent.Event = ModelEvent  # type: ignore[misc]
+        hapolicy_gevent.Event = ModelEvent  # type: ignore[assignment, attr-defined]
         ModelEvent.model = self
         self.instances = (b'm%d' % i for i in itertools.count())
         self.requests: list[Request] = []

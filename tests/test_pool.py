@@ -466,6 +466,23 @@ def wait_in_line(pool: Pool) -> None:
     client.join(pool)
 
 
+def test_a_client_that_has_ended_waits_behind_all_others() -> None:
+    pool, clients, ends = pool_of('A=127.0.0.1:1'), [], []
+    for _ in range(3):
+        ours, theirs = socket.socketpair()
+        clients.append(hapolicy_gevent.Client(ours))
+        ends.append(theirs)
+    clients[0].join(pool)
+    clients[1].join(pool)
+    ends[0].close()
+    clients[0].unexpected()
+    clients[2].join(pool)
+    assert pool.waiting == [clients[1], clients[2], clients[0]]
+    assert clients[0].waits_for == (pool,)
+    clients[0].leave()
+    assert pool.waiting == [clients[1], clients[2]]
+
+
 @pytest.mark.parametrize(('busy', 'before', 'after'), [(1, 2.5, 2.5), (3, 3, 4)])
 def test_a_full_single_use_service_gets_more_mails_at_once_where_a_check_passes_beside_all_of_them(
     busy: int, before: float, after: float,

@@ -23,6 +23,7 @@ from tests.support import (
     hang,
     hang_up,
     in_threads,
+    is_check,
     new_instance,
     request,
     reset,
@@ -80,6 +81,37 @@ def test_i9_mail_that_every_server_hangs_up_on_sends_no_other_mail_to_another_se
             in_threads(3, lambda i: bad[i].ask(request(sender='poison', instance=new_instance(), recipient=f'{i}@b')))
             assert in_threads(6, server_of) == own
         assert 'is down' not in proxy.log
+
+
+def test_i9_mail_that_every_server_hangs_up_on_keeps_no_service_on_trial() -> None:
+    database_is_gone, end = threading.Event(), threading.Event()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        gone = peer.server.name == 'A' and database_is_gone.is_set()
+        if not is_check(message) and (gone or attributes(message)['sender'] == 'poison'):
+            raise HangUp
+        time.sleep(0.3)
+        echo(peer, message)
+
+    with stubs(behave, behave) as (a, b), ProxyProcess('-s', a.service, '-s', b.service) as proxy:
+
+        def send(i: int) -> None:
+            with proxy.client(60) as client:
+                while not end.is_set():
+                    client.ask(request(sender='poison' if i < 4 else 'good', instance=new_instance()))
+                    time.sleep(0.2)
+
+        database_is_gone.set()
+        senders = threading.Thread(target=in_threads, args=(10, send))
+        senders.start()
+        try:
+            proxy.logged('[A] (127.0.0.1:%d) is on trial' % a.port)
+            time.sleep(1)
+            database_is_gone.clear()
+            proxy.logged('[A] (127.0.0.1:%d) is up: mail was answered' % a.port, 5)
+        finally:
+            end.set()
+            senders.join()
 
 
 @pytest.mark.parametrize(('messages', 'maximum'), [(200, ''), (50, '5')])
