@@ -1135,7 +1135,8 @@ class Connection(Wire):
         try:
             action = self.ask(CHECK, deadline - self.since)
         except ServiceFailure as failure:
-            if failure.reason not in (DROPPED, INVALID):
+            down = self.pool.service.state is DOWN and self not in self.pool.checker.running  # a mail waits for this one
+            if failure.reason not in (DROPPED, INVALID) or down:
                 raise
             self.pool.connector.rotate(self.since)
             self.reopen()
@@ -1811,9 +1812,7 @@ class Client(Wire):
         if self.ended or len(self._data) > MAX_MESSAGE:
             self.pause()
         if self.ended:  # it was killed, nearly always: it has its turn when no other waits
-            pools = self.waits_for
-            self.leave()
-            for pool in pools:
+            for pool in self.leave():
                 self.join(pool)
 
     def _take_in(self, data: bytes | None) -> None:
@@ -1850,11 +1849,12 @@ class Client(Wire):
         self.waits_for += (pool,)
         insort(pool.waiting, self, key=lambda each: (each.ended, each.asked))
 
-    def leave(self) -> None:
-        """Wait for a connection no more."""
-        for pool in self.waits_for:
+    def leave(self) -> tuple[Pool, ...]:
+        """Wait for a connection no more; return the pools where it has waited."""
+        pools, self.waits_for = self.waits_for, ()
+        for pool in pools:
             pool.waiting.remove(self)
-        self.waits_for = ()
+        return pools
 
     def answer(self, action: bytes) -> None:
         """Send what the kernel takes of an answer now; finish_answer() sends the rest, and meets the errors."""

@@ -154,6 +154,16 @@ def test_a_service_that_returns_gets_no_burst() -> None:
     assert Counter(choose(balancer) for _ in range(10)) == {'a': 5, 'b': 5}
 
 
+def test_a_message_goes_to_the_same_service_after_its_smtpd_has_connected_anew() -> None:
+    with stubs(echo, echo) as (a, b), ProxyProcess('-s', a.service, '-s', b.service) as proxy:
+        for instance in map(str, range(6)):
+            servers = set()
+            for _ in range(3):
+                with proxy.client() as client:
+                    servers.add(client.ask(request(instance=instance)).split()[-1])
+            assert len(servers) == 1
+
+
 def test_a_mail_that_failed_elsewhere_is_no_trial_while_another_service_is_up() -> None:
     balancer, (a, b, c) = balancing(service('a'), service('b'), service('c', prio=20))
     b.service.turn(TRIAL, 'its check passed', 0)

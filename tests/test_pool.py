@@ -466,6 +466,40 @@ def wait_in_line(pool: Pool) -> None:
     client.join(pool)
 
 
+@pytest.mark.parametrize(('busy', 'times'), [(True, 1), (False, 2)])
+def test_a_check_that_a_mail_waits_for_is_not_made_again_once_the_service_is_down(
+    busy: bool, times: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pool, now, asked = pool_of('A=127.0.0.1:1'), time.monotonic(), []
+    check = Connection(pool, now)
+    (pool.busy if busy else pool.checker.running)[check] = None
+
+    def hang_up(*_: object) -> bytes:
+        if not asked:  # what another check found out meanwhile; that takes the busy ones away, and stops the checks
+            monkeypatch.setattr(pool.service, 'state', 'down')
+            pool.busy.clear()
+        asked.append(True)
+        raise ServiceFailure(DROPPED, 'it hung up')
+
+    monkeypatch.setattr(Connection, 'ask', hang_up)
+    with pytest.raises(ServiceFailure):
+        check.check()
+    assert len(asked) == times
+
+
+def test_a_service_that_seems_to_be_single_use_is_checked_again_after_a_second_and_later_after_30() -> None:
+    pool = pool_of('A=127.0.0.1:1')
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    for due in 1, 30:
+        now = time.monotonic()
+        pool.checker.grow(now, more=True)
+        (check,) = pool.checker.running
+        pool.service.check_answered(now, now)
+        pool.checker.passed(check, hapolicy_gevent.ENDED, now)
+        assert pool.use is hapolicy_gevent.SINGLE_USE
+        assert [pool.checker.due(now + due * part) for part in (0.9, 1.1)] == [False, True], due
+
+
 def test_a_client_that_has_ended_waits_behind_all_others() -> None:
     pool, clients, ends = pool_of('A=127.0.0.1:1'), [], []
     for _ in range(3):
