@@ -470,7 +470,8 @@ def wait_in_line(pool: Pool) -> None:
 def test_a_check_that_a_mail_waits_for_is_not_made_again_once_the_service_is_down(
     busy: bool, times: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    pool, now, asked = pool_of('A=127.0.0.1:1'), time.monotonic(), []
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    asked: list[bool] = []
     check = Connection(pool, now)
     (pool.busy if busy else pool.checker.running)[check] = None
 
