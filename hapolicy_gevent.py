@@ -1135,7 +1135,7 @@ class Connection(Wire):
         try:
             action = self.ask(CHECK, deadline - self.since)
         except ServiceFailure as failure:
-            down = self.pool.service.state is DOWN and self not in self.pool.checker.running  # a mail waits for this one
+            down = self.pool.service.state is DOWN and self not in self.pool.checker.running  # a mail waits for it
             if failure.reason not in (DROPPED, INVALID) or down:
                 raise
             self.pool.connector.rotate(self.since)
