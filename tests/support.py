@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gevent.event import Event
+
 from bench.processes import MODULE as MODULE
 from bench.processes import ROOT as ROOT
 from bench.processes import SCALE as SCALE
@@ -36,6 +38,7 @@ from bench.protocol import new_instance as new_instance
 from bench.protocol import request as request
 from bench.smtpd import Plan, Try, start_load
 from bench.smtpd import PostfixClient as PostfixClient
+from hapolicy_gevent import Client, Pool
 
 T = TypeVar('T')
 
@@ -378,3 +381,10 @@ def in_threads(number: int, work: Callable[[int], T]) -> list[T]:
     if errors:
         raise errors[0]
     return [results[i] for i in range(number)]
+
+
+def wait_in_line(pool: Pool) -> None:
+    """Let a request wait for a connection of a pool."""
+    client = Client(socket.socketpair()[0])
+    client.woken = Event()
+    client.join(pool)

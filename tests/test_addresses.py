@@ -173,7 +173,7 @@ def test_a_name_goes_on_at_its_second_address_where_the_first_hangs_and_another_
 
     with stubs(slow(0.02), echo) as (a, b), PolicyServerStub(hangs_later, 'hangs', a.port, host='127.0.0.3'):
         names.write('127.0.0.3 127.0.0.1')
-        services = f'-sA=x:{a.port}', f'-s{b.service}:20'
+        services = f'-sA=x:{a.port}:::8', f'-s{b.service}:20'
         with ProxyProcess(*services, environment=names.environment) as proxy:
             assert set(ask_all(proxy, 10, 2)) == {'hangs'}
             well.clear()

@@ -16,7 +16,7 @@ import gevent
 import pytest
 
 import hapolicy_gevent
-from hapolicy_gevent import Client, Connection, Log, Proxy, Queue, parse_service
+from hapolicy_gevent import Connection, Log, Proxy, Queue, parse_service
 from tests.servers import End, OneInTen, checked, closes_after, closes_idle
 from tests.support import (
     SCALE,
@@ -40,6 +40,7 @@ from tests.support import (
     seconds_of,
     slow,
     stubs,
+    wait_in_line,
     wait_until,
 )
 
@@ -227,7 +228,7 @@ def test_a_check_that_a_fault_of_ours_ends_takes_no_service_down(
     wait_until(lambda: gevent.sleep(0.01) or told in path.read_text())  # type: ignore[func-returns-value]
     assert pool.service.state == 'up'
     for _ in range(20):
-        Client(socket.socketpair()[0]).join(pool)
+        wait_in_line(pool)
     gevent.sleep(0.2)
     before = path.read_text().count(told)
     gevent.sleep(1)

@@ -21,7 +21,6 @@ from hapolicy_gevent import (
     UNREACHABLE,
     UP,
     Address,
-    Client,
     Connection,
     Log,
     Queue,
@@ -30,6 +29,7 @@ from hapolicy_gevent import (
     connect_failure,
     parse_service,
 )
+from tests.support import wait_in_line
 
 
 def service() -> Service:
@@ -107,7 +107,7 @@ def test_late_answers_of_the_last_service_count_where_others_wait_if_nothing_is_
     pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
     pool.service.since, pool.service.answered_at = began, began + answered
     if waiting:
-        pool.waiting.append(Client(socket.socketpair()[0]))
+        wait_in_line(pool)
         pool.places = 0
     for _ in range(2):
         connection = Connection(pool, began + 9.5)

@@ -14,7 +14,6 @@ from collections import Counter
 
 import gevent
 import pytest
-from gevent.event import Event
 
 import hapolicy_gevent
 from hapolicy_gevent import (
@@ -60,6 +59,7 @@ from tests.support import (
     seconds_of,
     slow,
     stubs,
+    wait_in_line,
     wait_until,
 )
 
@@ -458,12 +458,6 @@ def test_a_single_use_service_gets_more_mails_at_once_after_a_round_of_answers_u
         pool.busy[connection] = None
         pool.answered(connection, b'DUNNO', True, now)
     assert int(pool.checker.at_once) == (2 if full else 3)
-
-
-def wait_in_line(pool: Pool) -> None:
-    client = hapolicy_gevent.Client(socket.socketpair()[0])
-    client.woken = Event()
-    client.join(pool)
 
 
 @pytest.mark.parametrize(('busy', 'times'), [(True, 1), (False, 2)])
