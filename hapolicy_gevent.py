@@ -261,9 +261,9 @@ def parse_answer(data: bytes, closed: bool = False, start: int = 0) -> tuple[byt
             return clean_action(line[7:]), end > 0 and data[end:].strip(LINE_ENDS) != b''
         if line == b'action':
             raise InvalidAnswer('an action without a value')
-    if not end:
-        raise InvalidAnswer('it hung up in mid-answer' if data else 'it hung up without an answer')
-    raise InvalidAnswer('an answer without an action')
+    if end:
+        raise InvalidAnswer('an answer without an action')
+    return None
 
 
 # --- Services and balancing: no I/O, `now` (monotonic seconds) is an argument ----------------------------------------
@@ -598,6 +598,8 @@ class Balancer:
         """
         pools = sorted(Sticky.order(key, self.pools) if key else self.pools, key=lambda pool: pool.service.prio)
         left = [pool for pool in pools if pool not in tried]
+        if tried and any(pool.service.state is UP for pool in left):
+            left = [pool for pool in left if pool.service.state is not TRIAL]  # as choose() says
         admitting = [pool for pool in left if pool.admits(waited, now)]
         if not admitting and (self.up or any(pool.checker.restarts(now) for pool in pools)):
             admitting = [pool for pool in left if 0 <= now - asked_first(pool.checker.running) < TRIAL_PATIENCE
@@ -873,7 +875,7 @@ class Wire:
         raise NotImplementedError
 
     def pause(self) -> None:
-        """Leave what comes in the kernel until watch(), before the next receive(); a peer's end is not seen either."""
+        """Leave what comes in the kernel, the peer's end, too; call watch() before the next receive()."""
         self._watcher.stop()
 
     def watch(self) -> None:
@@ -1086,7 +1088,10 @@ class Connection(Wire):
         finally:
             stop()
         self.spent = ENDED
-        return self._take_in(b'', closed=True) or b''
+        if (answer := self._take_in(b'', closed=True)) is not None:
+            return answer
+        how = 'in mid-answer' if self._data else 'without an answer'
+        raise (Ended if self.used else ServiceFailure)(DROPPED, f'it hung up {how}')
 
     def needs_rest(self, now: float) -> bool:
         """Return whether its next request would have to wait, as it was used for too long without enough silence."""
@@ -1117,8 +1122,7 @@ class Connection(Wire):
         try:
             answer = parse_answer(self._data, closed, max(0, seen - 2))
         except InvalidAnswer as error:
-            kind = Ended if closed and self.used else ServiceFailure
-            raise kind(DROPPED if closed else INVALID, str(error)) from None
+            raise ServiceFailure(DROPPED if closed else INVALID, str(error)) from None
         if answer is None:
             return None
         action, more = answer
@@ -1135,8 +1139,9 @@ class Connection(Wire):
         try:
             action = self.ask(CHECK, deadline - self.since)
         except ServiceFailure as failure:
-            down = self.pool.service.state is DOWN and self not in self.pool.checker.running  # a mail waits for it
-            if failure.reason not in (DROPPED, INVALID) or down:
+            # a mail that asks this check goes elsewhere once the service is down
+            in_vain = self.pool.service.state is DOWN and self not in self.pool.checker.running
+            if failure.reason not in (DROPPED, INVALID) or in_vain:
                 raise
             self.pool.connector.rotate(self.since)
             self.reopen()
@@ -1274,7 +1279,7 @@ class Checker:
     def grow(self, now: float, more: bool = False) -> None:
         """Start checks: one for each request that waits; one more if `more`, or if a check is due; one if down.
 
-        Also one more if the running checks are late, and requests wait or no service is up: the running checks may have
+        Also one more if the running ones are late, and requests wait, no service is up, or it is stalled: they may have
         met workers that hang. Not at a full server that serves us: it would still serve each check that we give up.
         """
         pool, running = self.pool, len(self.running)
@@ -1442,7 +1447,7 @@ class Pool:
         self.places = service.max  # mails at once
         self.waiting: list[Client] = []  # those whose requests wait for a connection of this pool, first come first
         self.idle: list[Connection] = []  # the most recently used last; after a retry the least used last
-        self.held: dict[Connection, Client] = {}  # and whose message each answered last; the longest idle first
+        self.held: dict[Connection, Client] = {}  # each with the client whose message holds it; the longest idle first
         self.busy: dict[Connection, None] = {}  # the longest busy first
         self.passed = False  # whether a check has passed since a connection was given up
         self.once_until = 0.0  # until then each connection carries one mail, as the server sent more than an answer
@@ -1553,8 +1558,7 @@ class Pool:
             return connection
         return None
 
-    def answered(self, connection: Connection, action: bytes, reuse: bool, now: float,
-                 holder: Client | None = None) -> None:  # fmt: skip
+    def answered(self, connection: Connection, action: bytes, keep: bool, now: float, client: Client | None) -> None:
         """Take back a connection whose mail was answered: its message holds it. Close it if it is not to be reused."""
         current = self.busy.pop(connection, self) is None  # else the service went down after the mail was sent
         self.service.answered(action, connection.since, current, now)
@@ -1562,19 +1566,18 @@ class Pool:
         # have waited for a child of the server
         quiet, most = QUIET + now - connection.since, 2 * connection.quiet
         connection.idle_since, connection.quiet = now, quiet if quiet < most else most
-        keep = reuse and current and not connection.spent
+        keep = keep and current and not connection.spent
         if self.use is not CHECKED or self.checker.full:
             keep = keep and self.use is not SINGLE_USE and now > self.once_until and not self._unread(now)
             if not self.checker.full and self.use is SINGLE_USE:  # if it is full, one more for each passed check
                 self.checker.at_once = min(self.checker.at_once + 1 / self.checker.at_once, self.service.max)
         if connection.spent is SURPLUS and current:
             self.said_more('more than one answer to a request', now)
-        if not keep or holder is None:
-            self._release(connection, keep, now)
-        else:
-            self.held[connection] = holder
-            if self.waiting:
-                self.queue.hand_over(self, now)
+        if not keep or client is None or not client.instance:
+            return self._release(connection, keep, now)
+        self.held[connection] = client
+        if self.waiting:
+            self.queue.hand_over(self, now)
 
     def _unread(self, now: float) -> bool:
         """Return whether a mail on a new connection is late: no worker may be free for it, and each close frees one."""
@@ -1724,7 +1727,8 @@ class Queue:
                     if client.given is not None:
                         break
                 else:
-                    ends = [since + each for each in (*PATIENCES, TRIAL_PATIENCE)]
+                    # half a second for a check of a service that is down, however long it has waited
+                    ends = [*(since + each for each in PATIENCES), (since if pools[0].places else now) + TRIAL_PATIENCE]
                     client.woken.wait(min([end for end in ends if end > now] + [deadline]) - now)
                 if client.given is not None:
                     if client.given in client.given.pool.busy:
@@ -1811,16 +1815,15 @@ class Client(Wire):
             self.user.throw(ClientFault(RESET))  # wherever its greenlet waits: for a service, most likely
         if self.ended or len(self._data) > MAX_MESSAGE:
             self.pause()
-        if self.ended:  # it was killed, nearly always: it has its turn when no other waits
-            for pool in self.leave():
-                self.join(pool)
+        for pool in self.leave() if self.ended else ():  # it was killed, nearly always: others have their turns first
+            self.join(pool)
 
     def _take_in(self, data: bytes | None) -> None:
         self.ended = self.ended or data is None
         self._data = (self._data + (data or b'')).lstrip(LINE_ENDS)
 
     def request(self, seconds: float) -> bytes | None:
-        """Return the next request, None at the client's end. Raises ClientFault, OSError.
+        """Return the next request, None at the client's end. Raises ClientFault.
 
         A client may be idle as long as it likes; a request that has begun has to be complete within so many seconds.
         """
@@ -1997,7 +2000,7 @@ class Proxy:
                 and all(each.used < 2 for each in (*pool.idle, *pool.held, *pool.busy))):  # fmt: skip
             pool.use_once()
         # the client may have hung up, and abandoned this request: its connection is not used again
-        pool.answered(connection, action, not client.ended, now, client if client.instance else None)
+        pool.answered(connection, action, not client.ended or client._data != b'', now, client)
         return action
 
     def _retry(self, connection: Connection, client: Client, deadline: float, tried: Collection[Pool]) -> Connection:
@@ -2529,12 +2532,9 @@ def check_services(services: Sequence[Service]) -> int:
     return status
 
 
-LOOPBACKS = {'0.0.0.0': '127.0.0.1', '::': '::1'}  #: what listens at all addresses listens at this one, too
-
-
 def compare_addresses(options: SimpleNamespace, ours: list[Address]) -> None:
     """Refuse a service, or a status, at an address where clients are served. Raises UsageError."""
-    local = [address._replace(host=LOOPBACKS.get(address.host, address.host)) for address in ours]
+    local = [each._replace(host={'0.0.0.0': '127.0.0.1', '::': '::1'}.get(each.host, each.host)) for each in ours]
     if own := [service for service in options.service if service.address in ours + local]:  # it would ask itself
         raise UsageError(f"--service '{own[0].name}': {own[0].address} is where hapolicy itself listens")
     if options.status and (not ours or options.status in ours):

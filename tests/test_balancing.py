@@ -168,6 +168,7 @@ def test_a_mail_that_failed_elsewhere_is_no_trial_while_another_service_is_up() 
     balancer, (a, b, c) = balancing(service('a'), service('b'), service('c', prio=20))
     b.service.turn(TRIAL, 'its check passed', 0)
     assert balancer.choose(b'', [a], 0) is c, 'a second one that fails would take the rest of its time'
+    assert balancer.candidates(None, [a], 0, 0) == [c], 'nor does it wait for one'
     assert balancer.candidates(None, [a, c], 0, 0) == [b]
     c.service.turn(DOWN, 'refused', 0)
     a.service.turn(DOWN, 'refused', 0)

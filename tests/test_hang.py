@@ -12,10 +12,12 @@ from tests.servers import checked, for_sender
 from tests.support import (
     SCALE,
     Peer,
+    PolicyServerStub,
     ProxyProcess,
     SmtpdLoad,
     ask_all,
     echo,
+    free_port,
     hang,
     in_threads,
     is_check,
@@ -264,3 +266,31 @@ def test_waiting_for_a_place_ends_at_the_deadline() -> None:
 def test_time_spent_waiting_for_a_place_is_taken_from_the_deadline() -> None:
     with stubs(slow(0.9)) as (a,), ProxyProcess('-s', a.service + ':::5:1', '--deadline=1.5') as proxy:
         assert ask_all(proxy, 3, 1).count('default') >= 2, 'the second waits 0.9 s and needs as long'
+
+
+@pytest.mark.slow
+def test_mail_that_stood_in_line_for_long_waits_half_a_second_for_a_check_of_a_service_that_is_down() -> None:
+    hangs, port = threading.Event(), free_port()
+
+    def behave(peer: Peer, message: bytes) -> None:
+        (hang if hangs.is_set() else echo)(peer, message)
+
+    with stubs(behave) as (a,), ProxyProcess('-s', f'{a.service}:10::3:2', f'-sB=127.0.0.1:{port}:20::12') as proxy:
+        with proxy.client() as client:
+            end = time.monotonic() + 8  # the checks of B become rare
+            while time.monotonic() < end:
+                assert client.ask_own() == 'A'
+                time.sleep(0.2)
+        hangs.set()
+
+        def ask(_: int) -> float:
+            with proxy.client() as client:
+                return seconds_of(lambda: client.ask(request(instance=new_instance())))
+
+        held: list[float] = []
+        asking = threading.Thread(target=lambda: held.extend(in_threads(6, ask)))
+        asking.start()
+        time.sleep(2.3)
+        with PolicyServerStub(hang, 'B', port):  # it listens now, and answers nothing yet
+            asking.join()
+        assert max(held) < 3 + 5 * SCALE, 'the checks of B take 12 s'

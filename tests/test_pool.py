@@ -76,7 +76,7 @@ def test_one_slow_answer_does_not_make_a_connection_rest_for_long() -> None:
     connection, rests = Connection(pool, now), []
     for took in (5, 0.01, 1, 1, 1, 1, 1):
         connection.since, pool.busy = now, {connection: None}
-        pool.answered(connection, b'DUNNO', reuse=True, now=now + took)
+        pool.answered(connection, b'DUNNO', True, now + took, None)
         rests.append(round(connection.quiet, 3))
     assert rests == [0.05, 0.06, 0.12, 0.24, 0.48, 0.96, 1.05], 'it may have waited for a child of the server'
 
@@ -456,7 +456,7 @@ def test_a_single_use_service_gets_more_mails_at_once_after_a_round_of_answers_u
     for _ in range(3):
         connection = Connection(pool, now)
         pool.busy[connection] = None
-        pool.answered(connection, b'DUNNO', True, now)
+        pool.answered(connection, b'DUNNO', True, now, None)
     assert int(pool.checker.at_once) == (2 if full else 3)
 
 
@@ -664,7 +664,7 @@ def test_a_single_use_service_is_not_down_where_none_of_its_connections_is_open_
     check, mail = Connection(pool, now), Connection(pool, now)
     pool.checker.running[check] = gevent.Greenlet(lambda: None)
     pool.busy[mail] = None
-    pool.answered(mail, b'DUNNO', True, now + 0.01)
+    pool.answered(mail, b'DUNNO', True, now + 0.01, None)
     pool.checker.failed(check, ServiceFailure(reason, 'full'), now + 0.02)
     assert pool.service.state == 'up' and pool.checker.full
     for seconds, state in (0.1, 'up'), (2 * hapolicy_gevent.GIVE_UP, 'down'):
@@ -948,7 +948,7 @@ def test_a_connection_rests_soon_after_its_slow_answers_have_become_fast() -> No
 
     def answered(seconds: float) -> float:
         connection.since, pool.busy = now, {connection: None}
-        pool.answered(connection, b'DUNNO', reuse=True, now=now + seconds)
+        pool.answered(connection, b'DUNNO', True, now + seconds, None)
         return now + seconds
 
     for _ in range(9):
@@ -1211,7 +1211,7 @@ def test_a_connection_without_checks_ends_where_another_mail_may_lie_unread(
     unread, served = Connection(pool, now - waits), Connection(pool, now)
     unread.used = used  # it answered before: a child reads it
     pool.busy = {unread: None, served: None}
-    pool.answered(served, b'DUNNO', True, now)
+    pool.answered(served, b'DUNNO', True, now, None)
     assert (pool.idle == [served]) is kept, 'its child may serve the other'
 
 

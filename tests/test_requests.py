@@ -76,6 +76,15 @@ def test_a_client_that_vanishes_leaves_no_connection_behind_that_is_used_again(l
         assert asked[2] is not asked[1]
 
 
+def test_requests_that_came_before_a_clients_end_share_a_connection() -> None:
+    with stubs(echo) as (a,), ProxyProcess('-s', a.service) as proxy, proxy.client() as client:
+        client.send(b''.join(request(instance=f'i{i}', helo_name='x' * 3000) for i in range(40)))
+        client.sock.shutdown(socket.SHUT_WR)
+        for i in range(40):
+            assert client.read_answer() == b'action=DUNNO i%d A\n\n' % i
+        assert a.accepted < 5, 'a check for each'
+
+
 @pytest.mark.slow
 def test_a_request_of_another_type_gets_the_default_and_nothing_leaks_into_the_next() -> None:
     with stubs(echo) as (a,), ProxyProcess('-s', a.service, '-d', '450 later') as proxy, proxy.client() as client:
