@@ -1072,7 +1072,7 @@ class Connection(Wire):
             sent = True
             if rest := self.send(request):
                 self.socket.sendall(rest)
-                self.watch()
+                self.watch()  # what came meanwhile has paused it: see unexpected()
             while (chunk := self.receive()) is not None:
                 if PLAIN_ANSWER(chunk) and not self._data:  # nearly always
                     self.used += 1
@@ -1286,6 +1286,7 @@ class Checker:
         if not self.enabled or self._too_early(now):
             return
         late = running > 0 and now - self.began > self.slow + CONNECT_TIMEOUT * (self.full > 0) and not self.passing
+        # at a stalled service one second check, soon: a server of few workers would have each further one to answer
         needed = bool(pool.waiting) or not pool.queue.balancer.up or (running < 2 and pool.stalled(now))
         stuck = late and needed and not (self.full and pool.open)
         down = pool.service.state is DOWN
@@ -1840,7 +1841,7 @@ class Client(Wire):
             while True:
                 request, self._data = first_request(self._data)
                 if len(self._data) <= MAX_MESSAGE:
-                    self.watch()
+                    self.watch()  # a full buffer has paused it: see unexpected()
                 if request:
                     return request
                 if self.ended:
@@ -1999,7 +2000,7 @@ class Proxy:
         if (used == 1 and connection in pool.busy
                 and all(each.used < 2 for each in (*pool.idle, *pool.held, *pool.busy))):  # fmt: skip
             pool.use_once()
-        # the client may have hung up, and abandoned this request: its connection is not used again
+        # a client that has ended, and asks no more, may have abandoned this request: its connection is not used again
         pool.answered(connection, action, not client.ended or client._data != b'', now, client)
         return action
 

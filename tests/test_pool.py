@@ -1143,6 +1143,16 @@ def test_another_check_is_made_beside_one_that_waits_long_unless_the_service_is_
         assert len(pool.checker.running) == 2, 'it serves us no more: the first one may have met a worker that hangs'
 
 
+def test_a_stalled_service_has_a_second_check_soon_and_no_third() -> None:
+    pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
+    pool.checker.spawn = lambda check: gevent.Greenlet(lambda: None)  # type: ignore[method-assign]
+    pool.service.answered_at = pool.checker.began = now  # a slow mail may be all that it has
+    pool.busy[Connection(pool, now)] = None
+    for seconds, checks in (4.9, 0), (5.1, 1), (6, 1), (6.3, 2), (9, 2), (11, 2):
+        pool.checker.grow(now + seconds)
+        assert len(pool.checker.running) == checks, seconds
+
+
 def test_a_service_that_is_silent_with_a_mail_is_checked_before_its_timeout() -> None:
     pool, now = pool_of('A=127.0.0.1:1'), time.monotonic()
     pool.busy[Connection(pool, now)] = None
