@@ -100,7 +100,7 @@ class ModelConnection(Connection):
 class ModelClient(Client):
     """A client without a socket."""
 
-    __slots__ = ('answers',)
+    __slots__ = ('answers', 'event')
 
     def __init__(self) -> None:
         self.instance, self.key, self.connection = b'', b'', None
@@ -108,6 +108,14 @@ class ModelClient(Client):
         self.answers: list[bytes] = []
         self.user = getcurrent()
         self.waits_for, self.given = (), None
+
+    @property  # type: ignore[override]
+    def woken(self) -> ModelEvent:
+        return self.event
+
+    @woken.setter
+    def woken(self, _: object) -> None:
+        self.event = ModelEvent()
 
     def answer(self, action: bytes) -> None:
         self.answers.append(action)
@@ -176,10 +184,9 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.saved = hapolicy_gevent.time, hapolicy_gevent.Connection, hapolicy_gevent.Event  # type: ignore[attr-defined]
+        self.saved = hapolicy_gevent.time, hapolicy_gevent.Connection  # type: ignore[attr-defined]
         hapolicy_gevent.time = self.clock  # type: ignore[assignment, attr-defined]
         hapolicy_gevent.Connection = ModelConnection  # type: ignore[misc]
-        hapolicy_gevent.Event = ModelEvent  # type: ignore[assignment, attr-defined]
         ModelEvent.model = self
         self.instances = (b'm%d' % i for i in itertools.count())
         self.requests: list[Request] = []
@@ -479,7 +486,7 @@ class Model(RuleBasedStateMachine):
         for request in list(self.requests):
             self.main = getcurrent()
             request.greenlet.throw(ClientFault(RESET))
-        hapolicy_gevent.time, hapolicy_gevent.Connection, hapolicy_gevent.Event = self.saved  # type: ignore[attr-defined, misc]
+        hapolicy_gevent.time, hapolicy_gevent.Connection = self.saved  # type: ignore[attr-defined, misc]
         gevent.get_hub().loop.update_now()
 
 
